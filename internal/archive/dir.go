@@ -1,0 +1,398 @@
+// Package archive is one cluster's directory: its identity, its lock, and the
+// durable writing of segments and histories. docs/archive-format.md describes
+// what is on disk.
+package archive
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gofrs/flock"
+
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+const (
+	metaName      = "archive.json"
+	lockName      = ".lock"
+	partialSuffix = ".partial"
+	metaFormat    = 1
+)
+
+// ErrLocked says that another process archives into the directory.
+var ErrLocked = errors.New("locked by another walfleet")
+
+// Identity is what binds a directory to one cluster.
+type Identity struct {
+	SystemID    uint64
+	SegmentSize wal.SegmentSize
+}
+
+// Origin is where an archive began.
+type Origin struct {
+	Timeline wal.Timeline
+	LSN      wal.LSN // inclusive start of the first segment
+	Source   string  // what decided it: "slot", "current position", "existing files"
+	Time     time.Time
+}
+
+// IdentityError says that the directory belongs to another cluster.
+type IdentityError struct{ Reason string }
+
+func (e *IdentityError) Error() string { return e.Reason }
+
+// FileError is a file that does not fit into the archive and needs a person.
+type FileError struct{ Path, Reason string }
+
+func (e *FileError) Error() string { return fmt.Sprintf("%s: %s", e.Path, e.Reason) }
+
+// Dir is a cluster's directory, locked by this process until Close. It is used
+// by one goroutine at a time.
+type Dir struct {
+	path  string
+	lock  *flock.Flock
+	meta  *meta // nil until the directory is bound
+	group bool
+}
+
+// meta is archive.json.
+type meta struct {
+	Format      int        `json:"format"`
+	SystemID    string     `json:"system_identifier"` // decimal; a JSON number would lose digits
+	SegmentSize uint32     `json:"segment_size"`      // bytes
+	Origin      metaOrigin `json:"origin"`
+}
+
+type metaOrigin struct {
+	Timeline uint32    `json:"timeline"`
+	LSN      string    `json:"lsn"`
+	Source   string    `json:"source"`
+	Time     time.Time `json:"time"`
+}
+
+// Open makes the directory when it is missing, and locks it. The error is
+// ErrLocked when another process has it.
+func Open(path string) (_ *Dir, err error) {
+	if err := makeDir(path, 0o700); err != nil {
+		return nil, fmt.Errorf("archive directory: %w", err)
+	}
+	d := &Dir{path: path, lock: flock.New(filepath.Join(path, lockName), flock.SetPermissions(0o600))}
+	locked, err := d.lock.TryLock()
+	if err != nil {
+		return nil, fmt.Errorf("archive directory: lock: %w", err)
+	}
+	if !locked {
+		return nil, fmt.Errorf("archive directory %s: %w", path, ErrLocked)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.Close())
+		}
+	}()
+	if err := d.mend(); err != nil {
+		return nil, fmt.Errorf("archive directory: %w", err)
+	}
+	return d, d.readMeta()
+}
+
+// Close releases the lock.
+func (d *Dir) Close() error { return d.lock.Close() }
+
+// Path is the directory's path.
+func (d *Dir) Path() string { return d.path }
+
+// SetGroupReadable decides the mode of files made from now on: 0640 instead of
+// 0600, as pg_receivewal does where the server's data directory is readable by
+// the group.
+func (d *Dir) SetGroupReadable(group bool) { d.group = group }
+
+func (d *Dir) fileMode() fs.FileMode {
+	if d.group {
+		return 0o640
+	}
+	return 0o600
+}
+
+// mend removes what a crash can leave behind: unfinished temporary files, and
+// the first of a segment's two names where sealing is not one operation.
+func (d *Dir) mend() error {
+	names, err := d.names()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		path := filepath.Join(d.path, name)
+		remove := strings.HasSuffix(name, tempSuffix)
+		if base, ok := strings.CutSuffix(path, partialSuffix); ok {
+			remove = sameFile(path, base)
+		}
+		if remove {
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func sameFile(a, b string) bool {
+	x, err1 := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
+}
+
+func (d *Dir) readMeta() error {
+	path := filepath.Join(d.path, metaName)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var m meta
+	if err := json.Unmarshal(data, &m); err != nil {
+		return &FileError{path, fmt.Sprintf("is damaged (%v); restore it from a copy, or move the directory away", err)}
+	}
+	if m.Format != metaFormat {
+		return &FileError{path, fmt.Sprintf("has format %d, this walfleet knows %d", m.Format, metaFormat)}
+	}
+	_, err1 := strconv.ParseUint(m.SystemID, 10, 64)
+	lsn, err2 := wal.ParseLSN(m.Origin.LSN)
+	if size := wal.SegmentSize(m.SegmentSize); err1 != nil || err2 != nil || !size.Valid() || size.Offset(lsn) != 0 || m.Origin.Timeline == 0 {
+		return &FileError{path, "is damaged: it lacks a valid system_identifier, segment_size or origin"}
+	}
+	d.meta = &m
+	return nil
+}
+
+// Check compares the directory's cluster with the one that a server belongs to,
+// and returns an IdentityError when they differ. A directory that is not bound
+// yet, but holds segments (of a pg_receivewal, say), is judged by their headers.
+func (d *Dir) Check(id Identity) error {
+	if d.meta != nil {
+		systemID, _ := strconv.ParseUint(d.meta.SystemID, 10, 64)
+		return compareIdentity(d.path, Identity{systemID, wal.SegmentSize(d.meta.SegmentSize)}, id)
+	}
+	c, err := d.scan(id.SegmentSize)
+	if err != nil {
+		return err
+	}
+	for name := range c.plain {
+		got, ok, err := readIdentity(filepath.Join(d.path, name))
+		if err != nil {
+			return err
+		}
+		if ok {
+			return compareIdentity(filepath.Join(d.path, name), got, id)
+		}
+	}
+	return nil
+}
+
+func compareIdentity(what string, have, server Identity) error {
+	if have.SystemID != server.SystemID {
+		return &IdentityError{fmt.Sprintf("%s belongs to the cluster with system identifier %d, the server has %d", what, have.SystemID, server.SystemID)}
+	}
+	if have.SegmentSize != server.SegmentSize {
+		return &IdentityError{fmt.Sprintf("%s has segments of %d bytes, the server has %d", what, have.SegmentSize, server.SegmentSize)}
+	}
+	return nil
+}
+
+// readIdentity reads a segment's long page header (XLogLongPageHeaderData,
+// xlog_internal.h). ok is false when nothing has been written there.
+func readIdentity(path string) (id Identity, ok bool, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return id, false, err
+	}
+	defer f.Close()
+	page := make([]byte, wal.PageSize)
+	if _, err := io.ReadFull(f, page); err != nil {
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return id, false, nil
+		}
+		return id, false, err
+	}
+	id.SystemID, id.SegmentSize, ok = wal.ParseLongHeader(page)
+	return id, ok, nil
+}
+
+// Bound reports whether the directory belongs to a cluster already.
+func (d *Dir) Bound() bool { return d.meta != nil }
+
+// Origin is where the archive of a bound directory began, or is going to.
+func (d *Dir) Origin() (tli wal.Timeline, lsn wal.LSN, bound bool) {
+	if d.meta == nil {
+		return 0, 0, false
+	}
+	lsn, _ = wal.ParseLSN(d.meta.Origin.LSN) // checked when it was read
+	return wal.Timeline(d.meta.Origin.Timeline), lsn, true
+}
+
+// Bind writes archive.json, which binds an unbound directory to a cluster for
+// ever and says where its archive began.
+func (d *Dir) Bind(id Identity, origin Origin) error {
+	if d.meta != nil {
+		return fmt.Errorf("archive directory %s is bound already", d.path)
+	}
+	m := &meta{
+		Format:      metaFormat,
+		SystemID:    strconv.FormatUint(id.SystemID, 10),
+		SegmentSize: uint32(id.SegmentSize),
+		Origin: metaOrigin{
+			Timeline: uint32(origin.Timeline), LSN: origin.LSN.String(), Source: origin.Source, Time: origin.Time.UTC(),
+		},
+	}
+	data, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := storeFile(filepath.Join(d.path, metaName), append(data, '\n'), d.fileMode()); err != nil {
+		return fmt.Errorf("archive directory: %w", err)
+	}
+	d.meta = m
+	return nil
+}
+
+// History reads a stored timeline history; ok is false when there is none.
+func (d *Dir) History(tli wal.Timeline) (h wal.History, ok bool, err error) {
+	path := filepath.Join(d.path, wal.HistoryName(tli))
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return wal.History{}, false, nil
+	}
+	if err != nil {
+		return wal.History{}, false, err
+	}
+	if h, err = wal.ParseHistory(tli, data); err != nil {
+		return wal.History{}, false, &FileError{path, err.Error()}
+	}
+	return h, true, nil
+}
+
+// StoreHistory stores a timeline's history file. One that is there with other
+// content is never replaced: the error is an IdentityError, for the server's
+// history is not the archive's.
+func (d *Dir) StoreHistory(tli wal.Timeline, data []byte) (wal.History, error) {
+	h, err := wal.ParseHistory(tli, data)
+	if err != nil {
+		return h, err
+	}
+	path := filepath.Join(d.path, wal.HistoryName(tli))
+	err = storeFile(path, data, d.fileMode())
+	if !errors.Is(err, fs.ErrExist) {
+		return h, err
+	}
+	have, err := os.ReadFile(path)
+	if err != nil {
+		return h, err
+	}
+	if string(have) != string(data) {
+		return h, &IdentityError{fmt.Sprintf("the server's history of timeline %d differs from the archive's %s", tli, path)}
+	}
+	return h, nil
+}
+
+func (d *Dir) names() ([]string, error) {
+	entries, err := os.ReadDir(d.path)
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.Name()
+	}
+	return names, nil
+}
+
+// catalogue is what a directory holds, by the names of its files.
+type catalogue struct {
+	sealed  map[wal.Segment]bool
+	partial map[wal.Segment]bool
+	plain   map[string]bool // file names of both, without compressed ones
+}
+
+// sealedSuffixes are those of complete segments, as pg_receivewal and we write
+// them.
+var sealedSuffixes = []string{"", ".gz", ".lz4", ".zst"}
+
+// scan reads the directory. Names that are not those of segments are no concern
+// of ours.
+func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
+	c := catalogue{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]bool{}}
+	names, err := d.names()
+	if err != nil {
+		return c, err
+	}
+	for _, name := range names {
+		if base, ok := strings.CutSuffix(name, partialSuffix); ok {
+			if s, err := wal.ParseSegment(base, size); err == nil {
+				c.partial[s] = true
+				c.plain[name] = true
+			}
+			continue
+		}
+		for _, suffix := range sealedSuffixes {
+			base, ok := strings.CutSuffix(name, suffix)
+			if s, err := wal.ParseSegment(base, size); ok && err == nil {
+				c.sealed[s] = true
+				if suffix == "" {
+					c.plain[name] = true
+				}
+			}
+		}
+	}
+	return c, nil
+}
+
+// Tail is where an archive ends.
+type Tail struct {
+	Timeline wal.Timeline
+	Start    wal.LSN     // start of the first segment that is not sealed
+	Sealed   bool        // the segment before Start is here, and sealed
+	First    wal.Segment // the archive's oldest segment
+}
+
+// Tail finds the end of the archive: on the highest timeline that has a segment,
+// after the highest sealed one, else at the lowest partial one. ok is false for
+// an archive without segments.
+func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
+	c, err := d.scan(size)
+	if err != nil {
+		return Tail{}, false, err
+	}
+	for _, set := range []map[wal.Segment]bool{c.sealed, c.partial} {
+		for s := range set {
+			t.Timeline = max(t.Timeline, s.Timeline)
+			if !ok || s.Start < t.First.Start || s.Start == t.First.Start && s.Timeline < t.First.Timeline {
+				t.First, ok = s, true
+			}
+		}
+	}
+	lowest := wal.LSN(math.MaxUint64)
+	for s := range c.partial {
+		if s.Timeline == t.Timeline {
+			lowest = min(lowest, s.Start)
+		}
+	}
+	for s := range c.sealed {
+		if s.Timeline == t.Timeline {
+			t.Start, t.Sealed = max(t.Start, s.End()), true
+		}
+	}
+	if !t.Sealed {
+		t.Start = lowest
+	}
+	return t, ok, nil
+}

@@ -1,0 +1,63 @@
+package archive
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// allocate gives f size bytes without writing them. Where the file system has no
+// fallocate the file is sparse, and a full disk shows when WAL is written.
+func allocate(f *os.File, size int64) error {
+	var err error
+	for {
+		if err = unix.Fallocate(int(f.Fd()), 0, 0, size); err != unix.EINTR {
+			break
+		}
+	}
+	switch err {
+	case nil:
+		return nil
+	case unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL, unix.ENODEV:
+		return f.Truncate(size)
+	}
+	return &os.PathError{Op: "fallocate", Path: f.Name(), Err: err}
+}
+
+// dropCache forgets the clean pages of f, so that the next read shows what the
+// disk has (posix_fadvise(2), POSIX_FADV_DONTNEED).
+func dropCache(f *os.File) error {
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return &os.PathError{Op: "fadvise", Path: f.Name(), Err: err}
+	}
+	return nil
+}
+
+// syncData makes the content of f durable; its size was settled before.
+func syncData(f *os.File) error {
+	for {
+		err := unix.Fdatasync(int(f.Fd()))
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
+		}
+		return nil
+	}
+}
+
+// renameExclusive is renameat2(2) with RENAME_NOREPLACE; errors.ErrUnsupported
+// where the kernel or the file system does not have it.
+func renameExclusive(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	switch err {
+	case nil:
+		return nil
+	case unix.EINVAL, unix.ENOSYS, unix.EOPNOTSUPP:
+		return fmt.Errorf("renameat2: %w", errors.ErrUnsupported)
+	}
+	return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+}

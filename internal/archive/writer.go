@@ -1,0 +1,471 @@
+package archive
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+// DivergenceError says that the server sent other bytes than those that the
+// archive has for the same position, before the archive's last incomplete
+// record. Nothing on disk was changed.
+type DivergenceError struct {
+	Timeline wal.Timeline
+	LSN      wal.LSN // the first byte that differs
+}
+
+func (e *DivergenceError) Error() string {
+	return fmt.Sprintf("the server's history differs from the archive at timeline %d, %s", e.Timeline, e.LSN)
+}
+
+// AbortedRecordError says that the server sent other bytes inside the archive's
+// last incomplete record: a server that crashed, or a PolarDB node that was
+// promoted on the same timeline, goes on after the last complete record. When
+// the Writer is opened again it goes on there too.
+type AbortedRecordError struct {
+	Timeline wal.Timeline
+	LSN      wal.LSN // the first byte that differs
+	Record   wal.LSN // start of the incomplete record
+}
+
+func (e *AbortedRecordError) Error() string {
+	return fmt.Sprintf("the server abandoned the record at timeline %d, %s (its WAL differs from %s on)", e.Timeline, e.Record, e.LSN)
+}
+
+// Writer writes the WAL of one timeline, from one position on without a hole.
+//
+// Invariants, for Boundary ≤ Written and Flushed ≤ Written:
+//   - bytes from Tail.Start to Written are in the files, and those below Flushed
+//     are durable under a durable name;
+//   - every segment that ends at or before Boundary at the last Flush is sealed,
+//     no other is;
+//   - bytes below Written are never changed: what is written there again is
+//     compared.
+//
+// After an error a Writer is of no further use but to be closed; opening a new
+// one finds out what the disk has. It is used by one goroutine at a time.
+type Writer struct {
+	dir      *Dir
+	id       Identity
+	timeline wal.Timeline
+	walker   *wal.Walker // fed up to written, without CRCs
+	open     []*segment  // not sealed, ascending; the last one is written to
+	pos      wal.LSN     // where the next Write goes; below written while it is compared
+	written  wal.LSN
+	flushed  wal.LSN
+	compare  []byte
+}
+
+// segment is a .partial file that is open.
+type segment struct {
+	wal.Segment
+	file  *os.File
+	dirty bool
+}
+
+// OpenWriter prepares to go on with timeline tli at start, the start of a
+// segment that is not sealed. What .partial files have from there on is synced,
+// read back from the disk and followed record by record with CRCs; it counts as
+// written up to the end of the last complete record, and what comes after that
+// will be written again.
+func (d *Dir) OpenWriter(ctx context.Context, id Identity, tli wal.Timeline, start wal.LSN) (_ *Writer, err error) {
+	w := &Writer{dir: d, id: id, timeline: tli}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("opening the archive at timeline %d, %s: %w", tli, start, errors.Join(err, w.Close()))
+		}
+	}()
+	boundary, err := w.recover(ctx, start)
+	if err != nil {
+		return nil, err
+	}
+	w.written, w.flushed = boundary, boundary
+	if err := w.seedWalker(ctx); err != nil {
+		return nil, err
+	}
+	if _, err := w.Flush(); err != nil { // seals what a crash left complete but not renamed
+		return nil, err
+	}
+	w.Rewind()
+	return w, nil
+}
+
+// recover opens the partial files from start on and returns the exclusive end of
+// the complete records in them. Files of later segments are left alone.
+func (w *Writer) recover(ctx context.Context, start wal.LSN) (wal.LSN, error) {
+	walker, err := w.walkerBefore(ctx, start)
+	if err != nil {
+		return 0, err
+	}
+	for s := w.id.SegmentSize.Segment(w.timeline, start); ; s = s.Next() {
+		f, err := w.openPartial(s)
+		if errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err != nil {
+			return 0, err
+		}
+		seg := &segment{Segment: s, file: f}
+		w.open = append(w.open, seg)
+		if err := settle(f, w.dir.path); err != nil {
+			return 0, err
+		}
+		err = feed(ctx, walker, f, 0, int64(s.Size))
+		var corrupt *wal.CorruptError
+		if errors.As(err, &corrupt) {
+			break // the end of what the file has
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	boundary := walker.Boundary()
+	if walker.ProvenFrom() > start || boundary < start {
+		// The segment begins inside a record whose beginning is not here, so no
+		// CRC speaks for its first bytes: the whole segment comes again.
+		boundary = start
+	}
+	// Files after the one that is gone on with hold nothing that counts.
+	for len(w.open) > 1 && w.open[len(w.open)-1].Start >= boundary {
+		last := w.open[len(w.open)-1]
+		w.open = w.open[:len(w.open)-1]
+		if err := last.file.Close(); err != nil {
+			return 0, err
+		}
+	}
+	return boundary, nil
+}
+
+// openPartial opens a segment's .partial file. An empty one, which a crash of
+// pg_receivewal can leave, counts as missing.
+func (w *Writer) openPartial(s wal.Segment) (*os.File, error) {
+	path := w.partialPath(s)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+	case info.Size() == int64(s.Size):
+		return f, nil
+	case info.Size() == 0:
+		err = fmt.Errorf("%s: %w", path, errors.Join(os.Remove(path), fs.ErrNotExist))
+	default:
+		err = &FileError{path, fmt.Sprintf("has %d bytes, should be 0 or %d; move it away and the server sends the segment again", info.Size(), s.Size)}
+	}
+	f.Close()
+	return nil, err
+}
+
+// settle makes a file and its name durable, and makes sure that what is read
+// from it comes from the disk.
+func settle(f *os.File, dir string) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := syncDir(dir); err != nil {
+		return err
+	}
+	return dropCache(f)
+}
+
+// feed gives the bytes of f from offset to end to the walker.
+func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end int64) error {
+	buf := make([]byte, min(1<<20, end-offset))
+	for offset < end {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := f.ReadAt(buf[:min(int64(len(buf)), end-offset)], offset)
+		if err != nil && !(err == io.EOF && n > 0) {
+			return err
+		}
+		if err := walker.Feed(buf[:n]); err != nil {
+			return err
+		}
+		offset += int64(n)
+	}
+	return nil
+}
+
+// walkerBefore makes a walker that checks CRCs and stands at start. Where the
+// segment before is here, it has seen that segment's last record begin, so that
+// a record that crosses the boundary is proven too.
+func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN) (*wal.Walker, error) {
+	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: true}
+	f, err := w.openSealedBefore(start)
+	if f == nil || err != nil {
+		return wal.NewWalker(config), err
+	}
+	defer f.Close()
+	size := int64(w.id.SegmentSize)
+	// The last page in which a record begins: usually the last one, much earlier
+	// when a large record crosses the boundary.
+	page := make([]byte, wal.PageSize)
+	for offset := size - wal.PageSize; offset >= 0; offset -= wal.PageSize {
+		if _, err := f.ReadAt(page, offset); err != nil {
+			return nil, err
+		}
+		if offset > 0 && !wal.RecordBegins(page) {
+			continue
+		}
+		config.Start = start - wal.LSN(size-offset)
+		walker := wal.NewWalker(config)
+		err := feed(ctx, walker, f, offset, size)
+		var corrupt *wal.CorruptError
+		if errors.As(err, &corrupt) { // zero pages after a switch of WAL, for one
+			break
+		}
+		return walker, err
+	}
+	config.Start = start
+	return wal.NewWalker(config), nil
+}
+
+// openSealedBefore opens the sealed segment that ends at start, of this timeline
+// or the nearest ancestor; nil when there is none that can be read as it is.
+func (w *Writer) openSealedBefore(start wal.LSN) (*os.File, error) {
+	if start == 0 {
+		return nil, nil
+	}
+	for tli := w.timeline; tli > 0; tli-- {
+		if tli < w.timeline {
+			h, ok, err := w.dir.History(w.timeline)
+			if err != nil || !ok {
+				return nil, err
+			}
+			if end, ok := h.End(tli); !ok || end < start {
+				continue
+			}
+		}
+		f, err := os.Open(filepath.Join(w.dir.path, w.id.SegmentSize.Segment(tli, start-1).Name()))
+		if err == nil {
+			info, err := f.Stat()
+			if err == nil && info.Size() == int64(w.id.SegmentSize) {
+				return f, nil
+			}
+			return nil, errors.Join(err, f.Close())
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	}
+	return nil, nil
+}
+
+// seedWalker makes the walker of the receive path, and feeds it with what is on
+// disk from the place to resume at up to written.
+func (w *Writer) seedWalker(ctx context.Context) error {
+	resume := w.resumePoint(w.written)
+	w.walker = wal.NewWalker(wal.WalkerConfig{Start: resume, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID})
+	if resume == w.written {
+		return nil
+	}
+	from := w.id.SegmentSize.Offset(resume)
+	return feed(ctx, w.walker, w.open[len(w.open)-1].file, from, from+int64(w.written-resume))
+}
+
+// resumePoint is where to ask for WAL again when the last complete record ends
+// at boundary: one page before that record's end, in the same segment. What is
+// sent again up to there shows whether the server still has our history.
+func (w *Writer) resumePoint(boundary wal.LSN) wal.LSN {
+	page := boundary - boundary%wal.PageSize
+	start := w.id.SegmentSize.Start(boundary)
+	if page-start < wal.PageSize {
+		return start
+	}
+	return page - wal.PageSize
+}
+
+// Timeline is the timeline that is written.
+func (w *Writer) Timeline() wal.Timeline { return w.timeline }
+
+// Pos is the position that the next Write must have.
+func (w *Writer) Pos() wal.LSN { return w.pos }
+
+// Written is the exclusive end of the WAL in the files.
+func (w *Writer) Written() wal.LSN { return w.written }
+
+// Flushed is the exclusive end of the WAL that is synced.
+func (w *Writer) Flushed() wal.LSN { return w.flushed }
+
+// Durable is the exclusive end of the last record that is complete and synced:
+// what may be acknowledged. An incomplete record after it does not count, for
+// its server may abandon it, and WAL is asked for again from its start.
+func (w *Writer) Durable() wal.LSN { return min(w.flushed, w.walker.Boundary()) }
+
+// Rewind makes the writer expect WAL from its resume point on, for a new
+// connection, and returns that point. What is known already is compared.
+func (w *Writer) Rewind() wal.LSN {
+	w.pos = w.resumePoint(w.walker.Boundary())
+	return w.pos
+}
+
+// SealDue reports whether a segment waits to be sealed by Flush.
+func (w *Writer) SealDue() bool {
+	return len(w.open) > 0 && w.open[0].End() <= w.walker.Boundary()
+}
+
+// Write stores WAL that begins at lsn, which must be Pos. The bytes below
+// Written are compared with what is there: the error is a DivergenceError, or
+// an AbortedRecordError behind the last complete record. WAL whose pages and
+// records do not hang together is refused with a wal.CorruptError. p is not
+// kept.
+func (w *Writer) Write(lsn wal.LSN, p []byte) error {
+	if lsn != w.pos {
+		return fmt.Errorf("internal error: write at %s, expected %s", lsn, w.pos)
+	}
+	for len(p) > 0 && w.pos < w.written {
+		n, err := w.compareNext(p)
+		if err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+	if len(p) == 0 {
+		return nil
+	}
+	if err := w.walker.Feed(p); err != nil {
+		return err
+	}
+	for len(p) > 0 {
+		seg, err := w.current()
+		if err != nil {
+			return fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.written, err)
+		}
+		n := min(uint64(len(p)), uint64(seg.End()-w.written))
+		if _, err := seg.file.WriteAt(p[:n], int64(w.written-seg.Start)); err != nil {
+			return fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.written, err)
+		}
+		seg.dirty = true
+		w.written += wal.LSN(n)
+		w.pos = w.written
+		p = p[n:]
+	}
+	return nil
+}
+
+// compareNext compares the beginning of p, up to the end of a segment or of what
+// is written, with the file, and returns how much that was.
+func (w *Writer) compareNext(p []byte) (int, error) {
+	const most = 128 << 10
+	seg := w.segmentAt(w.pos)
+	if seg == nil {
+		return 0, fmt.Errorf("internal error: no open segment at %s", w.pos)
+	}
+	n := int(min(uint64(len(p)), uint64(min(w.written, seg.End())-w.pos), most))
+	if w.compare == nil {
+		w.compare = make([]byte, most)
+	}
+	have := w.compare[:n]
+	if _, err := seg.file.ReadAt(have, int64(w.pos-seg.Start)); err != nil {
+		return 0, fmt.Errorf("comparing at timeline %d, %s: %w", w.timeline, w.pos, err)
+	}
+	if !bytes.Equal(have, p[:n]) {
+		i := 0
+		for have[i] == p[i] {
+			i++
+		}
+		at, boundary := w.pos+wal.LSN(i), w.walker.Boundary()
+		if at < boundary {
+			return 0, &DivergenceError{Timeline: w.timeline, LSN: at}
+		}
+		return 0, &AbortedRecordError{Timeline: w.timeline, LSN: at, Record: boundary}
+	}
+	w.pos += wal.LSN(n)
+	if w.pos == w.written {
+		w.compare = nil // needed once a connection
+	}
+	return n, nil
+}
+
+func (w *Writer) segmentAt(lsn wal.LSN) *segment {
+	for _, s := range w.open {
+		if s.Start <= lsn && lsn < s.End() {
+			return s
+		}
+	}
+	return nil
+}
+
+// current is the open segment that written lies in. It is made when it is not
+// there.
+func (w *Writer) current() (*segment, error) {
+	if s := w.segmentAt(w.written); s != nil {
+		return s, nil
+	}
+	s := w.id.SegmentSize.Segment(w.timeline, w.written)
+	sealed := filepath.Join(w.dir.path, s.Name())
+	if _, err := os.Lstat(sealed); !errors.Is(err, fs.ErrNotExist) {
+		return nil, &FileError{sealed, "is there already, so its segment cannot be written"}
+	}
+	f, err := w.openPartial(s)
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err = createFile(w.partialPath(s), int64(s.Size), w.dir.fileMode())
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.open = append(w.open, &segment{Segment: s, file: f})
+	return w.open[len(w.open)-1], nil
+}
+
+// Flush makes everything written durable, then seals the segments that are full
+// and whose last record is complete, and returns those.
+func (w *Writer) Flush() (sealed []wal.Segment, err error) {
+	for _, s := range w.open {
+		if !s.dirty {
+			continue
+		}
+		if err := syncData(s.file); err != nil {
+			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
+		}
+		s.dirty = false
+	}
+	w.flushed = w.written
+	for w.SealDue() && w.open[0].End() <= w.flushed {
+		s := w.open[0]
+		if err := w.seal(s); err != nil {
+			return sealed, fmt.Errorf("sealing %s: %w", s.Name(), err)
+		}
+		w.open = w.open[1:]
+		sealed = append(sealed, s.Segment)
+	}
+	return sealed, nil
+}
+
+// seal gives a full segment its final name.
+func (w *Writer) seal(s *segment) error {
+	if err := s.file.Sync(); err != nil {
+		return err
+	}
+	if err := renameNoReplace(w.partialPath(s.Segment), filepath.Join(w.dir.path, s.Name())); err != nil {
+		return err
+	}
+	if err := syncDir(w.dir.path); err != nil {
+		return err
+	}
+	return s.file.Close()
+}
+
+// Close closes the files. It does not flush.
+func (w *Writer) Close() error {
+	var errs []error
+	for _, s := range w.open {
+		errs = append(errs, s.file.Close())
+	}
+	w.open = nil
+	return errors.Join(errs...)
+}
+
+func (w *Writer) partialPath(s wal.Segment) string {
+	return filepath.Join(w.dir.path, s.Name()+partialSuffix)
+}
