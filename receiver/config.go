@@ -1,0 +1,29 @@
+package receiver
+
+import "time"
+
+// Source says which servers of a cluster may be archived.
+const (
+	SourcePrimary = "primary" // only a server that is not in recovery
+	SourceAny     = "any"     // standbys too
+)
+
+// Config is what one cluster's receiver needs to know. It is a plain value:
+// two equal Configs describe the same receiver, and a reload that finds them
+// equal does not touch the one that runs.
+type Config struct {
+	Name            string // the cluster's name, for logs and status
+	Dir             string // the cluster's own directory, created when missing
+	Conninfo        string // libpq keywords or URI; may name several hosts
+	PasswordFile    string // file that holds the password, read at each connect; empty: libpq's places
+	ApplicationName string // empty: the conninfo's, then PGAPPNAME, then "walfleet"
+	Slot            string // physical replication slot
+
+	CreateSlot  bool   // create Slot when the server does not have it
+	Synchronous bool   // flush as soon as nothing more waits to be read
+	Source      string // SourcePrimary or SourceAny
+
+	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
+	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead
+	FlushInterval  time.Duration // longest time that received WAL stays unsynced when not Synchronous
+}

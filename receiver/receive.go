@@ -1,0 +1,292 @@
+package receiver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/pgrepl"
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+// Bounds on what a synchronous receiver leaves unsynced while more WAL keeps
+// coming in.
+const (
+	maxUnsyncedAge   = 20 * time.Millisecond
+	maxUnsyncedBytes = 16 << 20
+)
+
+// stream is a session's state while WAL comes in.
+type stream struct {
+	*session
+	*pgrepl.Stream
+	caughtUp  bool
+	unsynced  int64     // bytes written since the last flush
+	oldest    time.Time // when the first of them came
+	lastSent  time.Time // when the last status update went out
+	reported  wal.LSN   // the flush position in it
+	lastHeard time.Time
+	asked     bool      // the server was asked for a reply, and has not been heard since
+	silenceAt time.Time // when to look at lastHeard again
+}
+
+// receive archives what comes, until the server ends the timeline, ctx is done,
+// or an error. What was received is flushed in every case.
+func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTimeline, error) {
+	interrupted := make(chan struct{})
+	unwatch := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		ps.Interrupt()
+	})
+	now := time.Now()
+	st := &stream{session: s, Stream: ps, lastHeard: now, silenceAt: now.Add(s.cfg.ReceiveTimeout / 2)}
+	s.now.timeline, s.now.serverEnd = s.writer.Timeline(), s.id.XLogPos
+	s.log.Info("streaming started", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
+	s.setState(CatchingUp, "")
+	err := st.loop(ctx)
+	if !unwatch() {
+		<-interrupted
+	}
+	if s.writer != nil {
+		if ferr := st.flush(); ferr != nil {
+			err = errors.Join(err, ferr)
+		}
+	}
+	st.publish()
+	switch {
+	case errors.Is(err, errTimelineEnded):
+		next, err := st.finish(ctx)
+		return next, err
+	case err == nil && ctx.Err() != nil:
+		return pgrepl.NextTimeline{}, st.goodbye()
+	}
+	return pgrepl.NextTimeline{}, err
+}
+
+var errTimelineEnded = errors.New("the server ended the timeline")
+
+// loop receives until ctx is done (nil), or an error.
+func (s *stream) loop(ctx context.Context) error {
+	if err := s.sendStatus(false); err != nil {
+		return err
+	}
+	for {
+		if err := s.flushIfDue(); err != nil {
+			return err
+		}
+		if err := s.statusIfDue(); err != nil {
+			return err
+		}
+		s.noteCaughtUp()
+		s.publish()
+		// The deadline is given to the socket before ctx is looked at; an
+		// interruption after that ends the Receive.
+		deadline := s.deadline()
+		if err := s.SetDeadline(deadline); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		msg, err := s.Receive()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := s.handle(msg); err != nil {
+			return err
+		}
+	}
+}
+
+// handle takes one message.
+func (s *stream) handle(msg pgrepl.Message) error {
+	s.lastHeard, s.asked = time.Now(), false
+	s.now.lastMessage = s.lastHeard.UnixNano()
+	if msg.Kind == pgrepl.Done {
+		return errTimelineEnded
+	}
+	s.now.serverEnd = max(s.now.serverEnd, msg.ServerEnd)
+	if msg.Kind == pgrepl.Keepalive {
+		if !msg.ReplyRequested {
+			return nil
+		}
+		// A server that shuts down waits until everything is flushed.
+		if err := s.flush(); err != nil {
+			return err
+		}
+		return s.sendStatus(false)
+	}
+	if msg.Start != s.writer.Pos() {
+		return &pgrepl.ProtocolError{Reason: fmt.Sprintf("WAL from %s on came where %s was next", msg.Start, s.writer.Pos())}
+	}
+	s.now.received += int64(len(msg.Data))
+	before := s.writer.Written()
+	if err := s.writer.Write(msg.Start, msg.Data); err != nil {
+		var diverged *archive.DivergenceError
+		if !errors.As(err, &diverged) {
+			s.dropWriter()
+		}
+		return err
+	}
+	if n := int64(s.writer.Written() - before); n > 0 {
+		if s.unsynced == 0 {
+			s.oldest = s.lastHeard
+		}
+		s.unsynced += n
+	}
+	return nil
+}
+
+// flushIfDue flushes by the cluster's policy, and tells the server at once when
+// that moved the flush position.
+func (s *stream) flushIfDue() error {
+	due := s.writer.SealDue()
+	if !due && s.unsynced > 0 {
+		age := time.Since(s.oldest)
+		if s.cfg.Synchronous {
+			due = s.unsynced >= maxUnsyncedBytes || age >= maxUnsyncedAge || s.Drained()
+		} else {
+			due = age >= s.cfg.FlushInterval
+		}
+	}
+	if !due {
+		return nil
+	}
+	return s.flush()
+}
+
+// flush syncs what is written, and logs what that sealed.
+func (s *stream) flush() error {
+	sealed, err := s.writer.Flush()
+	for _, segment := range sealed {
+		s.now.sealed++
+		s.log.Info("segment sealed", "segment", segment.Name(), "timeline", segment.Timeline, "end", segment.End())
+	}
+	if err != nil {
+		s.dropWriter()
+		return err
+	}
+	s.unsynced = 0
+	return nil
+}
+
+// flushPosition is what may be acknowledged: complete records that are synced;
+// nothing while the overlap with the archive is being compared, nor below what
+// the archive had before, nor beyond what the server says it has.
+func (s *stream) flushPosition() wal.LSN {
+	durable := s.writer.Durable()
+	if s.writer.Pos() < s.writer.Written() || durable < s.hold {
+		return 0
+	}
+	return min(durable, s.now.serverEnd)
+}
+
+// statusIfDue reports a flush position that moved at once, the state of things
+// every status interval, and asks a silent server for a reply.
+func (s *stream) statusIfDue() error {
+	now := time.Now()
+	if !now.Before(s.silenceAt) {
+		silent := now.Sub(s.lastHeard)
+		switch {
+		case silent >= s.cfg.ReceiveTimeout:
+			return fmt.Errorf("no message from the server for %s (receive_timeout)", silent.Round(time.Millisecond))
+		case silent >= s.cfg.ReceiveTimeout/2:
+			s.silenceAt = s.lastHeard.Add(s.cfg.ReceiveTimeout)
+			if !s.asked {
+				s.asked = true
+				return s.sendStatus(true)
+			}
+		default:
+			s.silenceAt = s.lastHeard.Add(s.cfg.ReceiveTimeout / 2)
+		}
+	}
+	if s.flushPosition() > s.reported || s.cfg.StatusInterval > 0 && now.Sub(s.lastSent) >= s.cfg.StatusInterval {
+		return s.sendStatus(false)
+	}
+	return nil
+}
+
+func (s *stream) sendStatus(ask bool) error {
+	status := pgrepl.Status{Flush: s.flushPosition(), ReplyRequested: ask}
+	if s.now.received > 0 || status.Flush > 0 {
+		status.Write = s.writer.Pos()
+	}
+	if err := s.SendStatus(status); err != nil {
+		return err
+	}
+	s.lastSent, s.reported = time.Now(), status.Flush
+	return nil
+}
+
+// deadline is when something is to be done even if no message comes. It stays
+// the same over many messages: moving it costs more than waking up for nothing.
+func (s *stream) deadline() time.Time {
+	d := s.silenceAt
+	if s.cfg.StatusInterval > 0 {
+		d = earlier(d, s.lastSent.Add(s.cfg.StatusInterval))
+	}
+	if s.unsynced > 0 {
+		patience := s.cfg.FlushInterval
+		if s.cfg.Synchronous {
+			patience = maxUnsyncedAge
+		}
+		d = earlier(d, s.oldest.Add(patience))
+	}
+	return d
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// noteCaughtUp turns catching_up into streaming once the archive has all that
+// the server had.
+func (s *stream) noteCaughtUp() {
+	if s.caughtUp || s.writer.Timeline() < s.id.Timeline || s.writer.Pos() < s.now.serverEnd {
+		return
+	}
+	s.caughtUp = true
+	s.setState(Streaming, "")
+	s.log.Info("caught up, streaming", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos())
+}
+
+func (s *stream) publish() {
+	if s.writer != nil {
+		s.now.written, s.now.flushed = s.writer.Written(), s.writer.Durable()
+	}
+	s.Receiver.progress.store(s.now)
+}
+
+// finish ends a timeline together with the server.
+func (s *stream) finish(ctx context.Context) (pgrepl.NextTimeline, error) {
+	pos := s.writer.Pos()
+	next, err := s.Finish(ctx)
+	if err != nil {
+		return next, err
+	}
+	if next.Timeline != 0 && next.Start > pos {
+		return next, &pgrepl.ProtocolError{Reason: fmt.Sprintf("timeline %d is said to begin at %s, but the old one ended at %s", next.Timeline, next.Start, pos)}
+	}
+	s.log.Info("end of timeline", "timeline", s.writer.Timeline(), "lsn", pos, "next_timeline", next.Timeline, "fork", next.Start)
+	return next, nil
+}
+
+// goodbye sends a last status and ends the stream, within stopTimeout.
+func (s *stream) goodbye() error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+	if err := s.sendStatus(false); err != nil {
+		return err
+	}
+	_, err := s.Finish(ctx)
+	return err
+}

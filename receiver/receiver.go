@@ -1,0 +1,164 @@
+// Package receiver archives one cluster: it connects, chooses where to start,
+// streams, writes, flushes and acknowledges, and goes on after every trouble
+// that does not need a person.
+package receiver
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/pgrepl"
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+const (
+	// sustained is how long a session must have streamed for its failure to
+	// count as the first one.
+	sustained = 30 * time.Second
+	// blockedRetry and haltedRetry are the times between two looks at a
+	// condition.
+	blockedRetry = 2 * time.Second
+	haltedRetry  = 30 * time.Second
+	// stopTimeout bounds the good-bye to a server.
+	stopTimeout = 5 * time.Second
+)
+
+// Receiver archives one cluster. Make it with New, run it once with Run.
+type Receiver struct {
+	cfg  Config
+	log  *slog.Logger
+	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network
+
+	state    atomic.Pointer[Status]
+	progress progressCell
+
+	// Owned by Run.
+	now    progress
+	dir    *archive.Dir
+	writer *archive.Writer // kept from one connection to the next; nil after an error of its own
+	// hold keeps flush positions below it from being sent, which would move the
+	// slot back: it is what the archive has had in writer's timeline.
+	hold wal.LSN
+}
+
+// New makes a receiver that does nothing yet.
+func New(cfg Config, log *slog.Logger) *Receiver {
+	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name)}
+	r.state.Store(&Status{State: Connecting, Since: time.Now()})
+	return r
+}
+
+// Run archives until ctx is done, through all trouble. It then flushes, tells
+// the server, and returns nil; the error is one of closing the archive.
+func (r *Receiver) Run(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, r.close()) }()
+	retry := backoff.NewExponentialBackOff()
+	retry.RandomizationFactor = 1 // full jitter: from 0 to twice the interval
+	retry.MaxInterval = 15 * time.Second
+	var reported trouble
+	for first := true; ; first = false {
+		if !first {
+			r.countReconnect()
+		}
+		begun := time.Now()
+		streamed, err := r.session(ctx)
+		if ctx.Err() != nil {
+			if err != nil && !errors.Is(err, context.Canceled) {
+				r.log.Warn("stopped without a good-bye to the server", "error", err)
+			}
+			return nil
+		}
+		if streamed {
+			reported = trouble{}
+			if time.Since(begun) >= sustained {
+				retry.Reset()
+			}
+		}
+		t := classify(err)
+		pause := t.pause
+		if t.state == Backoff && pause == 0 {
+			pause = retry.NextBackOff()
+		}
+		r.setState(t.state, err.Error())
+		reported = r.reportTrouble(reported, t, err, pause)
+		if !sleep(ctx, pause) {
+			return nil
+		}
+	}
+}
+
+// reportTrouble logs a kind of trouble once; the same again is for debugging.
+func (r *Receiver) reportTrouble(last, now trouble, err error, pause time.Duration) trouble {
+	level := slog.LevelWarn
+	if now.state == Halted {
+		level = slog.LevelError
+	}
+	if last.state == now.state && last.kind == now.kind {
+		level = slog.LevelDebug
+	}
+	attrs := []any{"state", string(now.state), "error", err, "retry_in", pause.Round(time.Millisecond)}
+	if r.now.flushed != 0 {
+		attrs = append(attrs, "timeline", r.now.timeline, "flushed", r.now.flushed)
+	}
+	if now.hint != "" {
+		attrs = append(attrs, "hint", now.hint)
+	}
+	r.log.Log(context.Background(), level, "not archiving", attrs...)
+	return now
+}
+
+func (r *Receiver) countReconnect() {
+	s := *r.state.Load()
+	s.Reconnects++
+	r.state.Store(&s)
+}
+
+// dropWriter forgets the writer after an error of its own, so that the next
+// session finds out what the disk has.
+func (r *Receiver) dropWriter() {
+	if r.writer != nil {
+		if err := r.writer.Close(); err != nil {
+			r.log.Debug("closing segments", "error", err)
+		}
+		r.writer = nil
+	}
+}
+
+func (r *Receiver) close() error {
+	r.dropWriter()
+	var err error
+	if r.dir != nil {
+		err = r.dir.Close()
+	}
+	r.setState(Stopped, "")
+	r.log.Info("stopped", "timeline", r.now.timeline, "flushed", r.now.flushed)
+	return err
+}
+
+// sleep waits; false when ctx was done first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+func (r *Receiver) options() pgrepl.Options {
+	return pgrepl.Options{
+		ApplicationName: r.cfg.ApplicationName,
+		PasswordFile:    r.cfg.PasswordFile,
+		Timeout:         r.cfg.ReceiveTimeout,
+		Dial:            r.dial,
+	}
+}

@@ -1,0 +1,330 @@
+package receiver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/pgrepl"
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+// session is one connection to a server, from connecting to its end.
+type session struct {
+	*Receiver
+	conn *pgrepl.Conn
+	id   pgrepl.Identity
+	// history of the server's timeline.
+	history wal.History
+}
+
+// session connects and archives until something ends it. streamed tells whether
+// WAL was streamed at all. When ctx is done, what was received is flushed and
+// the server is told before it returns.
+func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
+	r.setState(Connecting, r.state.Load().Reason)
+	if r.dir == nil {
+		if r.dir, err = archive.Open(r.cfg.Dir); err != nil {
+			return false, err
+		}
+	}
+	s := &session{Receiver: r}
+	if err := s.connect(ctx); err != nil {
+		return false, err
+	}
+	defer s.conn.Close()
+	r.dir.SetGroupReadable(s.id.GroupReadable)
+	if err := s.fetchHistories(ctx); err != nil {
+		return false, err
+	}
+	if err := s.chooseStart(ctx); err != nil {
+		return false, err
+	}
+	for {
+		stream, next, err := s.start(ctx)
+		if err != nil {
+			return streamed, err
+		}
+		if stream != nil {
+			streamed = true
+			if next, err = s.receive(ctx, stream); err != nil || ctx.Err() != nil {
+				return true, err
+			}
+		}
+		if next.Timeline == 0 {
+			// A PolarDB read-only node was promoted; its timeline stays.
+			return true, &refusedError{"the server ended the stream and named no next timeline"}
+		}
+		if err := s.follow(ctx, next); err != nil {
+			return true, err
+		}
+	}
+}
+
+// connect takes the first host that is of this cluster and in the right role.
+func (s *session) connect(ctx context.Context) error {
+	conninfo, err := pgrepl.ParseConninfo(s.cfg.Conninfo)
+	if err != nil {
+		return &pgrepl.UnusableError{Reason: err.Error()}
+	}
+	var failed hostsError
+	for _, i := range conninfo.Order() {
+		conn, err := conninfo.Connect(ctx, i, s.options())
+		if err == nil {
+			if s.id, err = s.identify(ctx, conn); err == nil {
+				s.conn = conn
+				s.setServer(conn.Host(), s.id)
+				s.logConnected()
+				return nil
+			}
+			err = fmt.Errorf("%s: %w", conn.Host(), err)
+			conn.Close()
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		failed = append(failed, err)
+	}
+	return failed
+}
+
+func (s *session) identify(ctx context.Context, conn *pgrepl.Conn) (pgrepl.Identity, error) {
+	id, err := conn.Identify(ctx)
+	if err != nil {
+		return id, err
+	}
+	if id.InRecovery && s.cfg.Source == SourcePrimary {
+		return id, &refusedError{`the server is a standby (in recovery), and source = "primary"`}
+	}
+	return id, s.dir.Check(archiveIdentity(id))
+}
+
+func archiveIdentity(id pgrepl.Identity) archive.Identity {
+	return archive.Identity{SystemID: id.SystemID, SegmentSize: id.SegmentSize}
+}
+
+func (s *session) logConnected() {
+	attrs := []any{"host", s.conn.Host(), "server_version", s.id.Version, "system_identifier", s.id.SystemID,
+		"timeline", s.id.Timeline, "lsn", s.id.XLogPos, "segment_size", int64(s.id.SegmentSize), "slot", s.cfg.Slot}
+	if s.id.PolarDB != "" {
+		attrs = append(attrs, "polardb", s.id.PolarDB)
+	}
+	if s.id.InRecovery {
+		attrs = append(attrs, "role", "standby")
+	}
+	s.log.Info("connected", attrs...)
+}
+
+// fetchHistories stores the history of the server's timeline, and those of its
+// ancestors where the server still has them.
+func (s *session) fetchHistories(ctx context.Context) error {
+	h, err := s.fetchHistory(ctx, s.id.Timeline)
+	if err != nil {
+		return err
+	}
+	s.history = h
+	for _, fork := range h.Forks {
+		if _, ok, err := s.dir.History(fork.Timeline); err != nil || ok {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		_, err := s.fetchHistory(ctx, fork.Timeline)
+		if pgrepl.Code(err) == pgrepl.CodeUndefinedFile {
+			s.log.Warn("the server does not have the history of an older timeline", "timeline", fork.Timeline)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fetchHistory stores a timeline's history and returns it; one that is stored
+// already must be the same. Timeline 1 has none.
+func (s *session) fetchHistory(ctx context.Context, tli wal.Timeline) (wal.History, error) {
+	if tli == 1 {
+		return wal.History{Timeline: 1}, nil
+	}
+	data, err := s.conn.TimelineHistory(ctx, tli)
+	if err != nil {
+		return wal.History{}, err
+	}
+	return s.dir.StoreHistory(tli, data)
+}
+
+// chooseStart opens the writer at the archive's own tail; at the slot's
+// restart_lsn when the archive is empty; else at the server's current position.
+func (s *session) chooseStart(ctx context.Context) error {
+	if s.writer == nil {
+		tail, ok, err := s.dir.Tail(s.id.SegmentSize)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return s.begin(ctx)
+		}
+		if !s.dir.Bound() {
+			if err := s.bind(tail.First.Timeline, tail.First.Start, "existing files"); err != nil {
+				return err
+			}
+		}
+		writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), tail.Timeline, tail.Start)
+		if err != nil {
+			return err
+		}
+		s.writer = writer
+		if s.hold = writer.Durable(); s.hold == tail.Start && !tail.Sealed {
+			s.hold++ // as in begin
+		}
+	} else {
+		s.writer.Rewind()
+		s.hold = max(s.hold, s.writer.Durable())
+	}
+	return s.checkHistory(ctx)
+}
+
+// checkHistory makes sure that the server continues what the archive has.
+func (s *session) checkHistory(ctx context.Context) error {
+	tli, end := s.writer.Timeline(), s.writer.Durable()
+	switch {
+	case tli > s.id.Timeline:
+		return &refusedError{fmt.Sprintf("the server is on timeline %d, the archive is on %d already: an old primary, or one restored from a backup", s.id.Timeline, tli)}
+	case tli == s.id.Timeline:
+		if s.id.XLogPos < end {
+			return s.behind(end)
+		}
+		return nil
+	}
+	fork, ok := s.history.End(tli)
+	if !ok {
+		return &historyError{fmt.Sprintf("the archive is on timeline %d, which is no ancestor of the server's timeline %d", tli, s.id.Timeline)}
+	}
+	if end <= fork {
+		return nil // the server still streams the old timeline up to its end
+	}
+	// The tail of a primary that died: it stays under its own timeline, and is
+	// never acknowledged on the new one.
+	next, _ := s.history.Next(tli)
+	s.log.Warn("the archive has WAL that the new timeline does not contain; it is kept under the old one",
+		"timeline", tli, "from", fork, "to", s.writer.Written(), "next_timeline", next)
+	return s.follow(ctx, pgrepl.NextTimeline{Timeline: next, Start: fork})
+}
+
+func (s *session) behind(end wal.LSN) error {
+	reason := fmt.Sprintf("the server's WAL ends at %s on timeline %d, before the archive's end %s", s.id.XLogPos, s.id.Timeline, end)
+	if s.id.InRecovery {
+		return &refusedError{reason + ": the standby is behind"}
+	}
+	return &historyError{reason}
+}
+
+// begin decides where an empty archive starts, and writes that down. One that
+// was begun and has no segment yet starts where it was going to.
+func (s *session) begin(ctx context.Context) error {
+	tli, start, bound := s.dir.Origin()
+	if !bound {
+		lsn, source, err := s.firstPosition(ctx)
+		if err != nil {
+			return err
+		}
+		tli, start = s.history.At(lsn), s.id.SegmentSize.Start(lsn)
+		if err := s.bind(tli, start, source); err != nil {
+			return err
+		}
+	}
+	s.hold = start + 1 // nothing before it is here, so the start alone must not be acknowledged
+	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), tli, start)
+	if err != nil {
+		return err
+	}
+	s.writer = writer
+	return nil
+}
+
+func (s *session) bind(tli wal.Timeline, start wal.LSN, source string) error {
+	s.log.Info("archive begins", "timeline", tli, "lsn", start, "source", source, "directory", s.dir.Path())
+	return s.dir.Bind(archiveIdentity(s.id), archive.Origin{Timeline: tli, LSN: start, Source: source, Time: time.Now()})
+}
+
+// firstPosition is the oldest WAL that the slot retains, and makes the slot when
+// it is missing.
+func (s *session) firstPosition(ctx context.Context) (lsn wal.LSN, source string, err error) {
+	slot, err := s.conn.ReadSlot(ctx, s.id, s.cfg.Slot)
+	if readErr := err; errors.Is(err, pgrepl.ErrSlotUnreadable) {
+		if err := s.createSlot(ctx); err != nil {
+			return 0, "", &slotError{fmt.Sprintf("where the WAL of replication slot %q begins cannot be read on PostgreSQL %d (%v), and it could not be created (%v): "+
+				"let the role connect to a database as well, or drop the slot if nothing needs its WAL", s.cfg.Slot, s.id.Major, readErr, err)}
+		}
+		return s.id.XLogPos, "current position", nil
+	}
+	if err != nil {
+		return 0, "", err
+	}
+	if !slot.Exists {
+		if err := s.createSlot(ctx); err != nil {
+			return 0, "", err
+		}
+		if slot, err = s.conn.ReadSlot(ctx, s.id, s.cfg.Slot); err != nil {
+			return 0, "", err
+		}
+	}
+	if slot.RestartLSN == 0 {
+		return s.id.XLogPos, "current position", nil
+	}
+	return slot.RestartLSN, "slot", nil
+}
+
+func (s *session) createSlot(ctx context.Context) error {
+	if !s.cfg.CreateSlot {
+		return &slotError{fmt.Sprintf("replication slot %q does not exist, and create_slot is false: create it with SELECT pg_create_physical_replication_slot('%s', true)", s.cfg.Slot, s.cfg.Slot)}
+	}
+	if err := s.conn.CreateSlot(ctx, s.cfg.Slot); err != nil {
+		return err
+	}
+	s.log.Info("replication slot created", "slot", s.cfg.Slot)
+	return nil
+}
+
+// start begins streaming where the writer stands. A missing slot is made: the
+// server then says whether it still has the WAL.
+func (s *session) start(ctx context.Context) (*pgrepl.Stream, pgrepl.NextTimeline, error) {
+	tli, pos := s.writer.Timeline(), s.writer.Pos()
+	stream, next, err := s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
+	if pgrepl.Code(err) == pgrepl.CodeUndefinedObject {
+		if err := s.createSlot(ctx); err != nil {
+			return nil, next, err
+		}
+		stream, next, err = s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
+	}
+	if pgrepl.Code(err) == pgrepl.CodeUndefinedFile {
+		err = &gapError{tli, s.writer.Durable(), err}
+	}
+	return stream, next, err
+}
+
+// follow goes on with the next timeline, from the start of the segment in which
+// it forks. The old .partial stays as it is.
+func (s *session) follow(ctx context.Context, next pgrepl.NextTimeline) error {
+	old := s.writer
+	if next.Timeline <= old.Timeline() {
+		return &historyError{fmt.Sprintf("the server names %d as the timeline after %d", next.Timeline, old.Timeline())}
+	}
+	if _, err := s.fetchHistory(ctx, next.Timeline); err != nil {
+		return err
+	}
+	s.log.Info("following a new timeline", "timeline", next.Timeline, "from_timeline", old.Timeline(), "fork", next.Start)
+	s.hold = min(old.Durable(), next.Start)
+	s.dropWriter()
+	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), next.Timeline, s.id.SegmentSize.Start(next.Start))
+	if err != nil {
+		return err
+	}
+	s.writer = writer
+	s.hold = max(s.hold, writer.Durable())
+	return nil
+}
