@@ -1,0 +1,882 @@
+package fleet
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/walfleet/walfleet/internal/pgrepl"
+	"github.com/walfleet/walfleet/receiver"
+)
+
+// Config is one configuration file, validated and with its defaults filled in.
+type Config struct {
+	ArchiveDir      string        // absolute; each cluster's directory is ArchiveDir/NAME
+	ShutdownTimeout time.Duration // longest time that all clusters together take to stop
+	Log             LogConfig
+	Clusters        []receiver.Config // at least one, in the file's order
+}
+
+// LogConfig says what is logged and how.
+type LogConfig struct {
+	Level  string // debug, info, warn or error
+	Format string // text or json
+}
+
+func defaultConfig() Config {
+	return Config{
+		ShutdownTimeout: 30 * time.Second,
+		Log:             LogConfig{Level: "info", Format: "text"},
+	}
+}
+
+func defaultCluster() receiver.Config {
+	return receiver.Config{
+		Slot:           "walfleet",
+		CreateSlot:     true,
+		Synchronous:    true,
+		Source:         receiver.SourcePrimary,
+		StatusInterval: 10 * time.Second,
+		ReceiveTimeout: 60 * time.Second,
+		FlushInterval:  10 * time.Second,
+	}
+}
+
+// Load reads and validates the configuration file at path, as [Parse] does.
+func Load(path string) (*Config, error) {
+	data, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("configuration file: %w (name another one with -c FILE, or begin with config.example.toml)", err)
+	case err != nil:
+		return nil, fmt.Errorf("configuration file: %w", err)
+	}
+	return Parse(path, data)
+}
+
+// Parse validates a whole configuration and fills in its defaults: a cluster's
+// own setting wins over [defaults], and that over the built-in value. The name
+// is the file's, for errors; a relative archive_dir is answered with a proposal
+// below the file's directory.
+//
+// The error has one line for each problem of the file, in the file's order,
+// each with "FILE:LINE:" where there is a line to name (syntax errors:
+// "FILE:LINE:COLUMN:"). It never shows a conninfo or what else may hold a
+// password. Nothing is asked of the network; whether hosts, password files and
+// directories exist is found out when they are used.
+func Parse(name string, data []byte) (*Config, error) {
+	root, err := decode(name, data)
+	if err != nil {
+		return nil, err
+	}
+	p := &parser{file: name, lines: findLines(string(data))}
+	cfg := p.config(root)
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return cfg, nil
+}
+
+// decode turns TOML into maps. They are taken apart here and not by the
+// library, which matches keys case-insensitively, does not tell an absent key
+// from a zero value, and stops at the first wrong type.
+func decode(name string, data []byte) (map[string]any, error) {
+	text := strings.TrimPrefix(string(data), "\ufeff")
+	var root map[string]any
+	_, err := toml.Decode(text, &root)
+	var syntax toml.ParseError
+	switch {
+	case err == nil:
+		return root, nil
+	case !errors.As(err, &syntax):
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+
+	lines := strings.SplitAfter(text, "\n")
+	n := min(max(syntax.Position.Line, 1), len(lines))
+	before := len(strings.Join(lines[:n-1], "")) // bytes before that line
+	column := min(max(syntax.Position.Start-before+1, 1), len(lines[n-1])+1)
+
+	// The library quotes the text that it stumbled over. A line without its
+	// closing quote may be a conninfo.
+	message := syntax.Message
+	if secretive(lines[n-1]) || secretive(syntax.LastKey) || secretive(message) {
+		message = "syntax error (no text shown, there may be a password in it): " +
+			"check that each string ends with the quote that it begins with, " +
+			`that \ is doubled between double quotes, and that no key is given twice`
+	}
+	return nil, fmt.Errorf("%s:%d:%d: %s", name, n, column, oneLine(message))
+}
+
+// A setting is one key of the file, and how its value gets into a T.
+type setting[T any] struct {
+	key string
+	set func(dst *T, value any) error // the error says what is wrong and what is right
+}
+
+var topSettings = []setting[Config]{
+	{"archive_dir", text(func(c *Config) *string { return &c.ArchiveDir }, checkNotEmpty)},
+	{"shutdown_timeout", duration(func(c *Config) *time.Duration { return &c.ShutdownTimeout }, time.Second, time.Hour, false)},
+}
+
+var logSettings = []setting[LogConfig]{
+	{"level", oneOf(func(c *LogConfig) *string { return &c.Level }, "debug", "info", "warn", "error")},
+	{"format", oneOf(func(c *LogConfig) *string { return &c.Format }, "text", "json")},
+}
+
+// defaultSettings are the keys of [defaults]; each [[cluster]] has them too.
+var defaultSettings = []setting[receiver.Config]{
+	{"slot", text(func(c *receiver.Config) *string { return &c.Slot }, checkSlot)},
+	{"create_slot", boolean(func(c *receiver.Config) *bool { return &c.CreateSlot })},
+	{"synchronous", boolean(func(c *receiver.Config) *bool { return &c.Synchronous })},
+	{"status_interval", duration(func(c *receiver.Config) *time.Duration { return &c.StatusInterval }, 100*time.Millisecond, day, true)},
+	{"receive_timeout", duration(func(c *receiver.Config) *time.Duration { return &c.ReceiveTimeout }, time.Second, day, false)},
+	{"flush_interval", duration(func(c *receiver.Config) *time.Duration { return &c.FlushInterval }, 10*time.Millisecond, day, false)},
+	{"source", oneOf(func(c *receiver.Config) *string { return &c.Source }, receiver.SourcePrimary, receiver.SourceAny)},
+	{"application_name", text(func(c *receiver.Config) *string { return &c.ApplicationName }, checkApplicationName)},
+	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
+}
+
+// clusterSettings are the keys of a [[cluster]].
+var clusterSettings = append([]setting[receiver.Config]{
+	{"name", text(func(c *receiver.Config) *string { return &c.Name }, checkName)},
+	{"conninfo", text(func(c *receiver.Config) *string { return &c.Conninfo }, checkNotEmpty)},
+}, defaultSettings...)
+
+// A section is one kind of place for keys.
+type section struct {
+	title string // as an operator writes it
+	keys  []string
+}
+
+var (
+	topSection      = section{"the top of the file", append(keys(topSettings), "log", "defaults", "cluster")}
+	logSection      = section{"[log]", keys(logSettings)}
+	defaultsSection = section{"[defaults]", keys(defaultSettings)}
+	clusterSection  = section{"[[cluster]]", keys(clusterSettings)}
+
+	sections = []section{topSection, logSection, defaultsSection, clusterSection}
+)
+
+func keys[T any](settings []setting[T]) []string {
+	var names []string
+	for _, s := range settings {
+		names = append(names, s.key)
+	}
+	return names
+}
+
+const day = 24 * time.Hour
+
+// text is a string without NUL bytes for which check returns nil.
+func text[T any](field func(*T) *string, check func(string) error) func(*T, any) error {
+	return func(dst *T, value any) error {
+		s, ok := value.(string)
+		if !ok {
+			return wrongType("a string in quotes", value)
+		}
+		if err := check(s); err != nil {
+			return err
+		}
+		if strings.ContainsRune(s, 0) {
+			return errors.New("must not contain a NUL character")
+		}
+		*field(dst) = s
+		return nil
+	}
+}
+
+func oneOf[T any](field func(*T) *string, allowed ...string) func(*T, any) error {
+	return text(field, func(s string) error {
+		if !slices.Contains(allowed, s) {
+			return fmt.Errorf("%s is not one of %s", show(s), strings.Join(allowed, ", "))
+		}
+		return nil
+	})
+}
+
+func boolean[T any](field func(*T) *bool) func(*T, any) error {
+	return func(dst *T, value any) error {
+		b, ok := value.(bool)
+		if !ok {
+			return wrongType("true or false, without quotes", value)
+		}
+		*field(dst) = b
+		return nil
+	}
+}
+
+// duration is a string such as "10s", from least to most (both inclusive), or
+// zero where that means "off".
+func duration[T any](field func(*T) *time.Duration, least, most time.Duration, orOff bool) func(*T, any) error {
+	allowed := fmt.Sprintf("%q to %q", shortDuration(least), shortDuration(most))
+	if orOff {
+		allowed += `, or "0s" for none`
+	}
+	return func(dst *T, value any) error {
+		s, ok := value.(string)
+		if !ok {
+			return wrongType(`a number and a unit in quotes, such as "10s"`, value)
+		}
+		d, err := time.ParseDuration(s)
+		switch {
+		case err != nil:
+			return fmt.Errorf(`%s is not a duration; write a number and a unit (ms, s, m, h), such as "10s"`, show(s))
+		case (d < least || d > most) && !(d == 0 && orOff):
+			return fmt.Errorf("%s is out of range; allowed is %s", show(s), allowed)
+		}
+		*field(dst) = d
+		return nil
+	}
+}
+
+// shortDuration is d without zero minutes and seconds: "24h", not "24h0m0s".
+func shortDuration(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
+func checkNotEmpty(s string) error {
+	if strings.TrimSpace(s) == "" {
+		return errors.New("is empty")
+	}
+	return nil
+}
+
+// nameLimit bounds a cluster's name, in bytes. The name is a directory, a
+// label in logs and metrics, and an argument of commands.
+const nameLimit = 63
+
+// checkName allows what is one harmless directory name on every file system:
+// 1 to 63 ASCII letters, digits, '_', '-' and '.', not beginning with '-' (an
+// option) or '.' (hidden, and "..").
+func checkName(s string) error {
+	switch {
+	case s == "":
+		return errors.New("is empty; each cluster needs a name of its own, which names its directory")
+	case len(s) > nameLimit:
+		return fmt.Errorf("%s has %d bytes; at most %d are allowed, it names the cluster's directory", show(s), len(s), nameLimit)
+	case s[0] == '-' || s[0] == '.' || !only(s, isNameByte):
+		return fmt.Errorf("%s cannot name the cluster's directory; use letters, digits, '_', '-' and '.', beginning with a letter, a digit or '_'", show(s))
+	}
+	return nil
+}
+
+// checkSlot is ReplicationSlotValidateName of PostgreSQL's slot.c; NAMEDATALEN
+// is 64, with the terminating zero.
+func checkSlot(s string) error {
+	if len(s) < 1 || len(s) > 63 || !only(s, isSlotByte) {
+		return fmt.Errorf("%s is not a slot name; PostgreSQL allows 1 to 63 lower-case letters, digits and '_'", show(s))
+	}
+	return nil
+}
+
+// checkApplicationName refuses what the server would change without a word: it
+// cuts names at NAMEDATALEN-1 bytes and replaces what is not printable ASCII
+// (check_application_name in variable.c), and synchronous_standby_names would
+// no longer match.
+func checkApplicationName(s string) error {
+	if len(s) > 63 || !only(s, func(c byte) bool { return ' ' <= c && c <= '~' }) {
+		return fmt.Errorf("%s is not kept by PostgreSQL as it is; use at most 63 printable ASCII characters", show(s))
+	}
+	return nil
+}
+
+// checkPasswordFile does not show the value: it may be the password itself.
+func checkPasswordFile(s string) error {
+	if s != "" && !filepath.IsAbs(s) {
+		return errors.New("must be the absolute path of a file that holds the password")
+	}
+	return nil
+}
+
+func isSlotByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || '0' <= c && c <= '9' || c == '_'
+}
+
+func isNameByte(c byte) bool {
+	return isSlotByte(c) || 'A' <= c && c <= 'Z' || c == '-' || c == '.'
+}
+
+func only(s string, allowed func(byte) bool) bool {
+	for i := range len(s) {
+		if !allowed(s[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+// parser validates one file and collects everything that is wrong with it.
+type parser struct {
+	file     string
+	lines    lineIndex
+	problems []problem
+}
+
+type problem struct {
+	line int // 0: the file as a whole
+	text string
+}
+
+// report adds a problem of the cluster or section called who ("" for none).
+func (p *parser) report(line int, who, format string, args ...any) {
+	s := fmt.Sprintf(format, args...)
+	if who != "" {
+		s = who + ": " + s
+	}
+	p.problems = append(p.problems, problem{line, oneLine(s)})
+}
+
+func (p *parser) err() error {
+	slices.SortStableFunc(p.problems, func(a, b problem) int { return cmp.Compare(a.line, b.line) })
+	var errs []error
+	for _, pr := range p.problems {
+		where := p.file
+		if pr.line > 0 {
+			where += ":" + strconv.Itoa(pr.line)
+		}
+		errs = append(errs, errors.New(where+": "+pr.text))
+	}
+	return errors.Join(errs...)
+}
+
+// config reads the whole file. Its result counts only if nothing was reported.
+func (p *parser) config(root map[string]any) *Config {
+	cfg := defaultConfig()
+	top := maps.Clone(root)
+	for _, key := range []string{"log", "defaults", "cluster"} {
+		delete(top, key)
+	}
+	apply(p, place{}, "", top, topSection, topSettings, &cfg)
+	p.archiveDir(root, &cfg)
+
+	if t, ok := p.table(root, "log"); ok {
+		apply(p, place{table: "log"}, "[log]", t, logSection, logSettings, &cfg.Log)
+	}
+	defaults := defaultCluster()
+	if t, ok := p.table(root, "defaults"); ok {
+		apply(p, place{table: "defaults"}, "[defaults]", t, defaultsSection, defaultSettings, &defaults)
+	}
+	p.clusters(root, defaults, &cfg)
+	return &cfg
+}
+
+func (p *parser) archiveDir(root map[string]any, cfg *Config) {
+	const key = "archive_dir"
+	if _, ok := root[key]; !ok {
+		p.report(0, "", `archive_dir is missing; name the directory below which each cluster gets its own, such as archive_dir = "/var/lib/walfleet"`)
+		return
+	}
+	dir := cfg.ArchiveDir
+	if dir == "" {
+		return // reported
+	}
+	if !filepath.IsAbs(dir) {
+		hint := "; ~ and variables are not expanded"
+		if base, err := filepath.Abs(filepath.Dir(p.file)); err == nil && !strings.ContainsAny(dir, "~$") && !secretive(dir) {
+			hint = "; did you mean " + show(filepath.Join(base, dir)) + "?"
+		}
+		p.report(p.lines.find(place{key: key}), "", "archive_dir: %s is not an absolute path%s", show(dir), hint)
+		return
+	}
+	cfg.ArchiveDir = filepath.Clean(dir)
+}
+
+// table is the section that stands once in the file, if it is there.
+func (p *parser) table(root map[string]any, key string) (map[string]any, bool) {
+	value, ok := root[key]
+	if !ok {
+		return nil, false
+	}
+	t, ok := value.(map[string]any)
+	if !ok {
+		p.report(p.lines.find(place{table: key}), "", "%s must be a section [%s] that stands once, not %s", key, key, kind(value))
+	}
+	return t, ok
+}
+
+func (p *parser) clusters(root map[string]any, defaults receiver.Config, cfg *Config) {
+	var tables []any
+	switch value := root["cluster"].(type) {
+	case nil:
+	case []map[string]any: // [[cluster]]
+		for _, t := range value {
+			tables = append(tables, t)
+		}
+	case []any: // cluster = [{…}, {…}]
+		tables = value
+	case map[string]any:
+		p.report(p.lines.find(place{table: "cluster"}), "", "[cluster] must be written with double brackets, [[cluster]]")
+		return
+	default:
+		p.report(p.lines.find(place{table: "cluster"}), "", "cluster must be written as [[cluster]] sections, not as %s", kind(value))
+		return
+	}
+	if len(tables) == 0 {
+		p.report(0, "", "no [[cluster]] in the file; an empty fleet is taken for a mistake, to stop archiving stop walfleet")
+		return
+	}
+
+	names := make(owners)
+	slots := make(owners)
+	for i, value := range tables {
+		at := place{table: "cluster", nth: i}
+		who := fmt.Sprintf("[[cluster]] number %d", i+1)
+		t, ok := value.(map[string]any)
+		if !ok {
+			p.report(p.lines.find(at), who, "must be a table, not %s", kind(value))
+			continue
+		}
+		if name, ok := t["name"].(string); ok && checkName(name) == nil {
+			who = fmt.Sprintf("cluster %q", name)
+		}
+		c := defaults
+		apply(p, at, who, t, clusterSection, clusterSettings, &c)
+		for _, key := range []string{"name", "conninfo"} {
+			if _, ok := t[key]; !ok {
+				p.report(p.lines.find(at), who, "%s is missing", key)
+			}
+		}
+		if c.Name != "" {
+			c.Dir = filepath.Join(cfg.ArchiveDir, c.Name)
+			at.key = "name"
+			p.claimName(names, owner{who, i, p.lines.find(at)}, c.Name)
+		}
+		if c.Conninfo != "" {
+			slot, given := t["slot"]
+			at.key = "conninfo"
+			p.conninfo(slots, owner{who, i, p.lines.find(at)}, c, !given || slot == c.Slot)
+		}
+		cfg.Clusters = append(cfg.Clusters, c)
+	}
+}
+
+// owners tells which cluster was first to name something that may be named by
+// one cluster only.
+type owners map[string]owner
+
+type owner struct {
+	who  string
+	nth  int // among the clusters
+	line int
+}
+
+// String names the other end of a conflict.
+func (o owner) String() string { return fmt.Sprintf("%s (line %d)", o.who, o.line) }
+
+// claimName folds case, as file systems may.
+func (p *parser) claimName(names owners, o owner, name string) {
+	folded := strings.ToLower(name)
+	if first, taken := names[folded]; taken {
+		p.report(o.line, o.who, "the name is taken by %v; names must differ in more than upper and lower case", first)
+		return
+	}
+	names[folded] = o
+}
+
+// conninfo checks a cluster's conninfo, and, if its slot is a valid one, that
+// no other cluster uses it on any of the hosts.
+func (p *parser) conninfo(slots owners, o owner, c receiver.Config, slotValid bool) {
+	conninfo, err := pgrepl.ParseConninfo(c.Conninfo)
+	if err != nil {
+		p.report(o.line, o.who, "%s", conninfoProblem(err))
+		return
+	}
+	if !slotValid {
+		return
+	}
+	var blamed []int // each other cluster once, however many hosts are shared
+	for _, host := range conninfo.Hosts() {
+		if !strings.HasPrefix(host, "/") {
+			host = strings.ToLower(host)
+		}
+		key := c.Slot + "@" + host
+		first, taken := slots[key]
+		switch {
+		case !taken:
+			slots[key] = o
+		case first.nth != o.nth && !slices.Contains(blamed, first.nth):
+			blamed = append(blamed, first.nth)
+			p.report(o.line, o.who, "slot %q on %s is already used by %v; a slot serves one archive, give one of them another slot", c.Slot, show(host), first)
+		}
+	}
+}
+
+// conninfoProblem is why a conninfo does not parse. With a mistake in its
+// scheme a whole URI passes for one long keyword, and would be shown as such.
+func conninfoProblem(err error) string {
+	reason := err.Error()
+	if strings.Contains(reason, "://") || strings.Contains(reason, "@") {
+		return "conninfo does not parse: neither a list of keyword=value nor a URI that begins with postgresql://"
+	}
+	return reason
+}
+
+// apply sets in dst what a table of the file gives.
+func apply[T any](p *parser, at place, who string, table map[string]any, s section, settings []setting[T], dst *T) {
+	for _, key := range slices.Sorted(maps.Keys(table)) {
+		at.key = key
+		i := slices.IndexFunc(settings, func(s setting[T]) bool { return s.key == key })
+		if i < 0 {
+			p.report(p.lines.find(at), who, "%s", unknownKey(s, key))
+			continue
+		}
+		if err := settings[i].set(dst, table[key]); err != nil {
+			p.report(p.lines.find(at), who, "%s: %v", key, err)
+		}
+	}
+}
+
+// unknownKey says what may have been meant with a key that s does not have.
+func unknownKey(s section, key string) string {
+	var elsewhere []string
+	for _, other := range sections {
+		if slices.Contains(other.keys, key) {
+			elsewhere = append(elsewhere, other.title)
+		}
+	}
+	if elsewhere != nil {
+		return fmt.Sprintf("%s belongs to %s, not to %s", key, strings.Join(elsewhere, " or "), s.title)
+	}
+	if best := nearest(key, s.keys); best != "" {
+		return fmt.Sprintf("unknown key %s; did you mean %s?", showKey(key), best)
+	}
+	return fmt.Sprintf("unknown key %s; known in %s: %s", showKey(key), s.title, strings.Join(s.keys, ", "))
+}
+
+// nearest is the candidate that key was likely meant to be, or "".
+func nearest(key string, candidates []string) string {
+	key = strings.ReplaceAll(strings.ToLower(key), "-", "_")
+	best, bestDistance := "", 3
+	for _, c := range candidates {
+		d := editDistance(key, c)
+		if strings.HasPrefix(c, key+"_") || strings.HasPrefix(key, c+"_") {
+			d = min(d, 2)
+		}
+		if d < bestDistance && d < len(c) && d < len(key) {
+			best, bestDistance = c, d
+		}
+	}
+	return best
+}
+
+// editDistance is Levenshtein's, in bytes; long strings are only "far".
+func editDistance(a, b string) int {
+	if len(a) > 64 {
+		return len(a)
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+func wrongType(want string, got any) error {
+	return fmt.Errorf("must be %s, not %s", want, kind(got))
+}
+
+// kind is a value's type in TOML's words. The value itself is not shown.
+func kind(value any) string {
+	switch value.(type) {
+	case string:
+		return "a string"
+	case int64:
+		return "an integer"
+	case float64:
+		return "a float"
+	case bool:
+		return "a boolean"
+	case time.Time:
+		return "a date or time"
+	case []any:
+		return "an array"
+	case map[string]any:
+		return "a table"
+	case []map[string]any:
+		return "an array of tables"
+	}
+	return fmt.Sprintf("%T", value)
+}
+
+// show quotes text of the file for an error: cut at a length that is readable,
+// and hidden if it looks like a conninfo that got into the wrong place.
+func show(s string) string {
+	const limit = 80
+	switch {
+	case secretive(s):
+		return "(a value not shown, there may be a password in it)"
+	case len(s) > limit:
+		return strconv.QuoteToGraphic(strings.ToValidUTF8(s[:limit], "")) + "…"
+	}
+	return strconv.QuoteToGraphic(s)
+}
+
+// showKey is show for a key, which stands as it is if it is an ordinary one.
+func showKey(key string) string {
+	if key != "" && len(key) <= nameLimit && only(key, isNameByte) {
+		return key
+	}
+	return show(key)
+}
+
+// secretive reports whether a password may stand in s.
+func secretive(s string) bool {
+	s = strings.ToLower(s)
+	for _, sign := range []string{"pass", "pwd", "secret", "conninfo", "://", "@"} {
+		if strings.Contains(s, sign) {
+			return true
+		}
+	}
+	return false
+}
+
+// oneLine keeps an error on its line of a log or terminal, whatever is in it.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// place is where a key stands: in the nth (from 0) table of that name. An
+// empty table is the top of the file, an empty key the table's header.
+type place struct {
+	table string
+	nth   int
+	key   string
+}
+
+// lineIndex knows the lines (from 1) of the places of a TOML file.
+type lineIndex map[place]int
+
+// find gives the line of a place, or of the nearest thing around it that has
+// one, or 0.
+func (x lineIndex) find(at place) int {
+	if at.table == "" {
+		return x[place{table: at.key}]
+	}
+	for _, p := range []place{at, {table: at.table, nth: at.nth}, {table: at.table}} {
+		if line := x[p]; line > 0 {
+			return line
+		}
+	}
+	return 0
+}
+
+// findLines scans a file that TOML's parser has accepted, since that one does
+// not tell where a key stands. Inline tables count as one value, with the line
+// of their key. On other input the result is of no use, but there is one.
+func findLines(text string) lineIndex {
+	s := &scanner{text: strings.TrimPrefix(text, "\ufeff"), line: 1}
+	index := make(lineIndex)
+	note := func(p place, line int) {
+		if _, ok := index[p]; !ok {
+			index[p] = line
+		}
+	}
+	var header []string           // the keys of the last [header]
+	count := make(map[string]int) // how many [[header]] of that name
+	for s.skipBlank() {
+		line := s.line
+		isHeader, isArray := false, false
+		var path []string
+		if s.accept("[") {
+			isHeader, isArray = true, s.accept("[")
+			path = s.keys()
+			header = path
+		} else {
+			path = append(slices.Clone(header), s.keys()...)
+		}
+		if isArray && len(path) == 1 {
+			count[path[0]]++
+		}
+		if len(path) > 0 {
+			p := place{table: path[0], nth: max(count[path[0]]-1, 0)}
+			note(p, line)
+			if len(path) > 1 {
+				p.key = path[1]
+				note(p, line)
+			}
+		}
+		if isHeader || !s.accept("=") {
+			s.skipLine()
+		} else {
+			s.skipValue()
+		}
+	}
+	return index
+}
+
+// scanner walks over TOML, byte by byte, counting lines.
+type scanner struct {
+	text string
+	pos  int
+	line int
+}
+
+// peek is the next byte, or 0 at the end.
+func (s *scanner) peek() byte {
+	if s.pos < len(s.text) {
+		return s.text[s.pos]
+	}
+	return 0
+}
+
+func (s *scanner) next() {
+	if s.peek() == '\n' {
+		s.line++
+	}
+	s.pos++
+}
+
+func (s *scanner) done() bool { return s.pos >= len(s.text) }
+
+// accept takes token if it comes next. It must not hold a newline.
+func (s *scanner) accept(token string) bool {
+	if !strings.HasPrefix(s.text[min(s.pos, len(s.text)):], token) {
+		return false
+	}
+	s.pos += len(token)
+	return true
+}
+
+func (s *scanner) skipSpace() {
+	for s.peek() == ' ' || s.peek() == '\t' {
+		s.pos++
+	}
+}
+
+func (s *scanner) skipLine() {
+	for !s.done() && s.peek() != '\n' {
+		s.pos++
+	}
+}
+
+// skipBlank goes to the next thing that is no space, newline or comment, and
+// reports whether there is one.
+func (s *scanner) skipBlank() bool {
+	for !s.done() {
+		switch s.peek() {
+		case ' ', '\t', '\r', '\n':
+			s.next()
+		case '#':
+			s.skipLine()
+		default:
+			return true
+		}
+	}
+	return false
+}
+
+// keys takes a dotted key, as of `a."b.c" . d`, and the space after it.
+func (s *scanner) keys() []string {
+	var path []string
+	for {
+		s.skipSpace()
+		start := s.pos
+		switch s.peek() {
+		case '"', '\'':
+			s.skipString()
+			quoted := s.text[start:min(s.pos, len(s.text))]
+			if name, err := strconv.Unquote(quoted); err == nil {
+				path = append(path, name)
+			} else {
+				path = append(path, strings.Trim(quoted, `'"`))
+			}
+		default:
+			for !s.done() && !strings.ContainsRune(" \t\r\n.=[]#\"'", rune(s.peek())) {
+				s.pos++
+			}
+			path = append(path, s.text[start:s.pos])
+		}
+		s.skipSpace()
+		if !s.accept(".") {
+			return path
+		}
+	}
+}
+
+// skipValue goes to the end of the line on which a value ends.
+func (s *scanner) skipValue() {
+	depth := 0
+	for !s.done() {
+		switch s.peek() {
+		case '"', '\'':
+			s.skipString()
+			continue
+		case '#':
+			s.skipLine()
+			continue
+		case '[', '{':
+			depth++
+		case ']', '}':
+			depth--
+		case '\n':
+			if depth <= 0 {
+				return
+			}
+		}
+		s.next()
+	}
+}
+
+// skipString takes a string of any of TOML's four kinds. A string of one line
+// ends at the end of its line at the latest.
+func (s *scanner) skipString() {
+	quote := s.text[s.pos : s.pos+1]
+	end, long := quote, false
+	if s.accept(strings.Repeat(quote, 3)) {
+		end, long = strings.Repeat(quote, 3), true
+	} else {
+		s.pos++
+	}
+	for !s.done() {
+		switch {
+		case s.accept(end):
+			for long && s.accept(quote) { // """a"""" ends with a quote in the string
+			}
+			return
+		case quote == `"` && s.peek() == '\\':
+			s.pos++ // the escaped byte, a newline maybe, goes below
+			if s.done() {
+				return
+			}
+		case s.peek() == '\n' && !long:
+			return
+		}
+		s.next()
+	}
+}
