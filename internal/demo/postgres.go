@@ -1,0 +1,128 @@
+package demo
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// oldestMajor is the oldest PostgreSQL that walfleet archives.
+const oldestMajor = 13
+
+// programs are what a directory must have to be used: a server, what creates
+// one, and the client that drives it.
+var programs = []string{"postgres", "initdb", "psql"}
+
+// binaries is one installation of PostgreSQL.
+type binaries struct {
+	dir     string
+	version string // as "postgres --version" prints it: "15.18", "18beta1"
+	major   int
+}
+
+func (b binaries) path(program string) string { return filepath.Join(b.dir, program) }
+
+// findBinaries returns the first complete installation of version 13 or later
+// among dirs, and false where there is none.
+func findBinaries(ctx context.Context, dirs []string) (binaries, bool) {
+	for _, dir := range dirs {
+		b := binaries{dir: dir}
+		if slices.ContainsFunc(programs, func(p string) bool { return !executable(b.path(p)) }) {
+			continue
+		}
+		out, err := exec.CommandContext(ctx, b.path("postgres"), "--version").Output()
+		if err != nil {
+			continue
+		}
+		if b.version, b.major = parseVersion(string(out)); b.major >= oldestMajor {
+			return b, true
+		}
+	}
+	return binaries{}, false
+}
+
+// binaryDirs lists the directories where PostgreSQL may be, in the order in
+// which they are tried, without repetition: the directories of pathList (as in
+// $PATH), then where packages put it below root, newest version first.
+// root is "/" but in tests.
+func binaryDirs(root, pathList string) []string {
+	var dirs []string
+	add := func(dir string) {
+		if dir != "" && !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	for _, dir := range filepath.SplitList(pathList) {
+		if filepath.IsAbs(dir) {
+			add(filepath.Clean(dir))
+		}
+	}
+	for _, pattern := range []string{
+		"usr/lib/postgresql/*/bin",         // Debian, Ubuntu
+		"usr/pgsql-*/bin",                  // PGDG's packages for Red Hat and SUSE
+		"opt/homebrew/opt/postgresql*/bin", // Homebrew on arm64
+		"usr/local/opt/postgresql*/bin",    // Homebrew on Intel
+		"Applications/Postgres.app/Contents/Versions/[0-9]*/bin",
+		"usr/local/pgsql*/bin", // built from source
+	} {
+		// The pattern is a constant and well formed: no error.
+		found, _ := filepath.Glob(filepath.Join(root, pattern))
+		slices.SortStableFunc(found, func(a, b string) int {
+			return slices.Compare(numbers(b), numbers(a))
+		})
+		for _, dir := range found {
+			add(dir)
+		}
+	}
+	return dirs
+}
+
+// pgConfigDir asks pg_config, which may be in the PATH where the server is not.
+func pgConfigDir(ctx context.Context) string {
+	out, err := exec.CommandContext(ctx, "pg_config", "--bindir").Output()
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func executable(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0
+}
+
+var digits = regexp.MustCompile(`[0-9]+`)
+
+// numbers are the numbers in a path, which order versions: 9.6 before 10.
+func numbers(path string) []int {
+	var n []int
+	for _, s := range digits.FindAllString(path, -1) {
+		i, err := strconv.Atoi(s)
+		if err != nil {
+			i = 0
+		}
+		n = append(n, i)
+	}
+	return n
+}
+
+var versionText = regexp.MustCompile(`\(PostgreSQL\) (([0-9]+)\S*)`)
+
+// parseVersion reads what "postgres --version" prints. major is 0 when that is
+// not understood.
+func parseVersion(out string) (version string, major int) {
+	m := versionText.FindStringSubmatch(out)
+	if m == nil {
+		return "", 0
+	}
+	major, err := strconv.Atoi(m[2])
+	if err != nil {
+		return "", 0
+	}
+	return m[1], major
+}
