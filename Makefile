@@ -1,0 +1,45 @@
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+# The integration tests ask for postgres:N and get the images of scripts/images.sh.
+integration_env = CGO_ENABLED=1 \
+	TESTCONTAINERS_HUB_IMAGE_NAME_PREFIX=localhost/walfleet \
+	TESTCONTAINERS_RYUK_DISABLED=true \
+	$(if $(wildcard /.dockerenv),TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1)
+
+.PHONY: help build test test-unit lint demo images clean compiler
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+build: ## bin/walfleet
+	CGO_ENABLED=0 go build -trimpath -o bin/walfleet ./cmd/walfleet
+
+test: compiler images ## every test, those against real servers in containers included
+	$(integration_env) go test -race -count=1 -timeout 25m -p 2 ./...
+
+test-unit: compiler ## the tests that need no containers
+	CGO_ENABLED=1 go test -race -count=1 $$(go list ./... | grep -v '/integration\b')
+
+lint: ## formatting, go vet, staticcheck, syntax of the scripts
+	@unformatted=$$(gofmt -l .) && if [ -n "$$unformatted" ]; then \
+		echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	GOOS=darwin go vet ./...
+	go run $(STATICCHECK) ./...
+	for script in scripts/*.sh .ci/run; do bash -n "$$script" || exit; done
+
+demo: build ## two throwaway primaries, and the daemon that archives them
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || scripts/images.sh 17
+	bin/walfleet demo
+
+images: ## the images of PostgreSQL that the tests use
+	scripts/images.sh
+
+clean: ## remove what the targets made in this directory
+	rm -rf bin
+
+compiler: # the race detector needs cgo
+	@command -v "$$(go env CC)" >/dev/null || { \
+		echo "go test -race needs a C compiler"; \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends gcc libc6-dev; }
