@@ -65,9 +65,10 @@ A smallest file:
 
 The role needs REPLICATION, and pg_hba.conf a line such as
   hostssl replication walfleet ARCHIVE_HOST/32 scram-sha-256`,
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Args:          cobra.ArbitraryArgs,
+		SilenceErrors:              true,
+		SuggestionsMinimumDistance: 2,
+		SilenceUsage:               true,
+		Args:                       cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return cmd.Help()

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// execute runs a command line as main does, without the process around it.
+func execute(t *testing.T, args ...string) (output string, err error) {
+	t.Helper()
+	root := newRoot()
+	var out bytes.Buffer
+	root.SetOut(&out)
+	root.SetErr(&out)
+	root.SetArgs(args)
+	err = root.ExecuteContext(context.Background())
+	return out.String(), err
+}
+
+func TestUsageErrorsAreToldFromFailures(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "walfleet.toml")
+	if err := os.WriteFile(file, []byte("archive_dir = \"/tmp/x\"\n[[cluster]]\nname = \"a\"\nbogus = 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args  []string
+		usage bool
+		says  string
+	}{
+		{[]string{"rnu"}, true, `unknown command "rnu"; did you mean "run"?`},
+		{[]string{"run", "--bogus"}, true, "unknown flag: --bogus"},
+		{[]string{"run", "now"}, true, `run takes no argument, got "now"`},
+		{[]string{"version", "1"}, true, "version takes no argument"},
+		{[]string{"run", "-c", file}, false, file + ":4:"},
+		{[]string{"run", "-c", file + ".missing"}, false, "no such file"},
+	} {
+		_, err := execute(t, c.args...)
+		var usage *usageError
+		if err == nil || errors.As(err, &usage) != c.usage || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("walfleet %q: error %v, want one that says %q, usage error: %v", c.args, err, c.says, c.usage)
+		}
+	}
+}
+
+func TestTheConfigurationFileCanComeFromTheEnvironment(t *testing.T) {
+	t.Setenv("WALFLEET_CONFIG", "/nowhere/of-the-environment.toml")
+	if _, err := execute(t, "run"); err == nil || !strings.Contains(err.Error(), "of-the-environment.toml") {
+		t.Errorf("run: %v, want an error about the file that WALFLEET_CONFIG names", err)
+	}
+	if _, err := execute(t, "run", "-c", "/nowhere/given.toml"); err == nil || !strings.Contains(err.Error(), "given.toml") {
+		t.Errorf("run -c: %v, want an error about the file that was given", err)
+	}
+}
+
+func TestHelpVersionAndCompletionPrint(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		says string
+	}{
+		{nil, "First steps:"},
+		{[]string{"--help"}, "kill -HUP"},
+		{[]string{"run", "--help"}, "SIGHUP"},
+		{[]string{"demo", "--help"}, "byte for byte"},
+		{[]string{"version"}, "walfleet "},
+		{[]string{"completion", "bash"}, "bash completion"},
+	} {
+		out, err := execute(t, c.args...)
+		if err != nil || !strings.Contains(out, c.says) {
+			t.Errorf("walfleet %q: error %v, output without %q:\n%s", c.args, err, c.says, out)
+		}
+	}
+}
