@@ -63,10 +63,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	retry.RandomizationFactor = 1 // full jitter: from 0 to twice the interval
 	retry.MaxInterval = 15 * time.Second
 	var reported trouble
-	for first := true; ; first = false {
-		if !first {
-			r.countReconnect()
-		}
+	for {
 		begun := time.Now()
 		streamed, err := r.session(ctx)
 		if ctx.Err() != nil {
@@ -112,12 +109,6 @@ func (r *Receiver) reportTrouble(last, now trouble, err error, pause time.Durati
 	}
 	r.log.Log(context.Background(), level, "not archiving", attrs...)
 	return now
-}
-
-func (r *Receiver) countReconnect() {
-	s := *r.state.Load()
-	s.Reconnects++
-	r.state.Store(&s)
 }
 
 // dropWriter forgets the writer after an error of its own, so that the next

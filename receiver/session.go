@@ -48,6 +48,9 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 			return streamed, err
 		}
 		if stream != nil {
+			if !streamed {
+				s.now.streams++
+			}
 			streamed = true
 			if next, err = s.receive(ctx, stream); err != nil || ctx.Err() != nil {
 				return true, err

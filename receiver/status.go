@@ -32,7 +32,6 @@ type Status struct {
 	PolarDB       string // polar_version; empty on PostgreSQL
 	SystemID      uint64
 	SegmentSize   wal.SegmentSize
-	Reconnects    int64 // sessions after the first
 
 	Timeline  wal.Timeline
 	Written   wal.LSN   // exclusive end of the WAL in the archive's files; 0: not known
@@ -42,6 +41,7 @@ type Status struct {
 
 	ReceivedBytes  int64 // WAL received, with what was received again
 	SegmentsSealed int64
+	Reconnects     int64 // connections that WAL came through, without the first
 }
 
 // Lag is the WAL in bytes that the server had, when it last spoke, and the
@@ -58,7 +58,7 @@ func (r *Receiver) Status() Status {
 	s := *r.state.Load()
 	p := r.progress.load()
 	s.Timeline, s.Written, s.Flushed, s.ServerEnd = p.timeline, p.written, p.flushed, p.serverEnd
-	s.ReceivedBytes, s.SegmentsSealed = p.received, p.sealed
+	s.ReceivedBytes, s.SegmentsSealed, s.Reconnects = p.received, p.sealed, max(p.streams-1, 0)
 	if p.lastMessage != 0 {
 		s.LastData = time.Unix(0, p.lastMessage)
 	}
@@ -86,7 +86,7 @@ func (r *Receiver) setServer(host string, id pgrepl.Identity) {
 type progress struct {
 	timeline                    wal.Timeline
 	written, flushed, serverEnd wal.LSN
-	received, sealed            int64
+	received, sealed, streams   int64
 	lastMessage                 int64 // Unix time in ns; 0: never
 }
 
@@ -95,13 +95,13 @@ type progress struct {
 // store, has moved.
 type progressCell struct {
 	sequence atomic.Uint64
-	field    [7]atomic.Uint64
+	field    [8]atomic.Uint64
 }
 
 func (c *progressCell) store(p progress) {
 	c.sequence.Add(1)
 	for i, v := range [...]uint64{uint64(p.timeline), uint64(p.written), uint64(p.flushed), uint64(p.serverEnd),
-		uint64(p.received), uint64(p.sealed), uint64(p.lastMessage)} {
+		uint64(p.received), uint64(p.sealed), uint64(p.streams), uint64(p.lastMessage)} {
 		c.field[i].Store(v)
 	}
 	c.sequence.Add(1)
@@ -115,7 +115,7 @@ func (c *progressCell) load() progress {
 			v[i] = c.field[i].Load()
 		}
 		if before%2 == 0 && c.sequence.Load() == before {
-			return progress{wal.Timeline(v[0]), wal.LSN(v[1]), wal.LSN(v[2]), wal.LSN(v[3]), int64(v[4]), int64(v[5]), int64(v[6])}
+			return progress{wal.Timeline(v[0]), wal.LSN(v[1]), wal.LSN(v[2]), wal.LSN(v[3]), int64(v[4]), int64(v[5]), int64(v[6]), int64(v[7])}
 		}
 	}
 }

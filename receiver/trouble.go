@@ -70,7 +70,7 @@ var codes = map[string]trouble{
 	pgrepl.CodeInsufficientRight: {state: Halted, pause: haltedRetry,
 		hint: "grant the right with: ALTER ROLE … REPLICATION"},
 	pgrepl.CodeNotPrerequisite: {state: Halted, pause: haltedRetry,
-		hint: "the server needs wal_level = replica (or logical) and max_replication_slots above 0"},
+		hint: "the server needs wal_level = replica (or logical) and max_replication_slots above 0; a slot that was invalidated must be dropped"},
 	pgrepl.CodeTooManyConns: {state: Backoff,
 		hint: "raise max_wal_senders or max_connections on the server (wal_level = minimal allows no walsender at all)"},
 }

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -214,15 +215,12 @@ func (p *process) kill(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	// The next postmaster refuses to start while a process of this one is
-	// attached to its shared memory. A zombie is not, and may stay for long
-	// where no init reaps it.
-	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		alive := false
-		for _, pid := range killed {
-			alive = alive || syscall.Kill(pid, 0) == nil
-		}
-		if !alive {
-			break
+	// attached to its shared memory.
+	for slices.ContainsFunc(killed, alive) {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 	return nil
@@ -246,36 +244,61 @@ func killTree(pid int) []int {
 // children lists the child processes of pid.
 func children(pid int) []int {
 	var pids []int
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat") // the pattern is well formed
-	for _, file := range stats {
-		// pid (command) state ppid ...; the command may hold anything, see proc(5).
-		stat, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-		if len(fields) > 1 && fields[1] == strconv.Itoa(pid) {
-			if child, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil {
-				pids = append(pids, child)
-			}
-		}
-	}
-	if len(stats) > 0 {
-		return pids
-	}
-	out, err := exec.Command("ps", "-A", "-o", "pid=,ppid=").Output()
-	if err != nil {
-		return nil
-	}
-	for line := range strings.Lines(string(out)) {
-		fields := strings.Fields(line)
-		if len(fields) == 2 && fields[1] == strconv.Itoa(pid) {
-			if child, err := strconv.Atoi(fields[0]); err == nil {
-				pids = append(pids, child)
-			}
+	for _, p := range processes() {
+		if p.parent == pid {
+			pids = append(pids, p.pid)
 		}
 	}
 	return pids
+}
+
+// alive tells whether pid is a process, and not a zombie: that one holds
+// nothing, and stays where no init reaps it.
+func alive(pid int) bool {
+	if syscall.Kill(pid, 0) != nil {
+		return false
+	}
+	return slices.ContainsFunc(processes(), func(p processState) bool { return p.pid == pid && p.state[0] != 'Z' })
+}
+
+// processState is a line of ps: state begins with Z for a zombie.
+type processState struct {
+	pid, parent int
+	state       string
+}
+
+// processes lists all processes of the system: from /proc, since ps is not
+// everywhere where that is, else from ps.
+func processes() []processState {
+	var lines []string
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat") // the pattern is well formed
+	for _, file := range stats {
+		// "pid (command) state ppid ..." (proc(5)); the command may hold anything.
+		stat, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		pid, rest, _ := strings.Cut(string(stat), " ")
+		fields := strings.Fields(rest[strings.LastIndexByte(rest, ')')+1:])
+		if len(fields) >= 2 {
+			lines = append(lines, pid+" "+fields[1]+" "+fields[0])
+		}
+	}
+	if len(stats) == 0 {
+		out, err := exec.Command("ps", "-A", "-o", "pid=,ppid=,stat=").Output()
+		if err != nil {
+			return nil
+		}
+		lines = strings.Split(string(out), "\n")
+	}
+	var all []processState
+	for _, line := range lines {
+		var p processState
+		if _, err := fmt.Sscan(line, &p.pid, &p.parent, &p.state); err == nil {
+			all = append(all, p)
+		}
+	}
+	return all
 }
 
 // stop is PostgreSQL's immediate shutdown: no checkpoint, which would write

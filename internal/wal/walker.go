@@ -237,7 +237,7 @@ func (w *Walker) followPage(p []byte) (err error) {
 // followWhole takes the records that lie in p as a whole, as most do, at a fraction of the cost of taking
 // them by piece. It stops at whatever needs a closer look, and returns that and what comes after it.
 func (w *Walker) followWhole(p []byte) []byte {
-	if !w.prevKnown {
+	if !w.prevKnown || w.guess {
 		return p
 	}
 	pos, prev := w.pos, w.prev
@@ -253,7 +253,6 @@ func (w *Walker) followWhole(p []byte) []byte {
 		}
 		p = p[n:]
 		prev, pos = pos, pos+LSN(n)
-		w.guess = false
 	}
 	if pos > w.pos {
 		w.boundary = pos
@@ -276,7 +275,9 @@ func (w *Walker) followHeader(p []byte) ([]byte, error) {
 			w.startUnused()
 			return p, nil
 		}
-		w.guess = false
+		if w.guess {
+			w.guess, w.prevKnown = false, false
+		}
 		if size < recordHeader {
 			return nil, w.badRecord("length %d", size)
 		}
