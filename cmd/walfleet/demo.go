@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"os/signal"
 	"syscall"
 
@@ -22,9 +21,9 @@ archived segment with the server's own, byte for byte. It takes less than a
 minute and cleans up after itself. The exit status is 0 only if all was equal.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			// A second signal does not end the clean-up, which is short.
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
-			context.AfterFunc(ctx, stop)
 			o.Out = cmd.OutOrStdout()
 			return demo.Run(ctx, o)
 		},

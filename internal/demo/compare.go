@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,12 +50,11 @@ func compare(ctx context.Context, e expected, server walSource) (compared, error
 			files[s] = append(files[s], entry.Name())
 		}
 	}
+	segments := slices.Collect(maps.Keys(files))
 	for s := e.size.Segment(1, e.first); s.Start < e.flushed; s = s.Next() {
-		files[s] = files[s] // a key, also where the archive has no file
-	}
-	segments := make([]wal.Segment, 0, len(files))
-	for s := range files {
-		segments = append(segments, s)
+		if files[s] == nil {
+			segments = append(segments, s)
+		}
 	}
 	slices.SortFunc(segments, func(a, b wal.Segment) int { return strings.Compare(a.Name(), b.Name()) })
 

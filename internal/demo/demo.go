@@ -52,7 +52,11 @@ const (
 // differs or is missing, if a cluster did not recover after the kill, and if
 // the demo could not be played. When ctx is done it stops and cleans up.
 func Run(ctx context.Context, o Options) error {
-	d := &demo{options: o, screen: newScreen(o.Out, o.Verbose)}
+	ctx, stop := untilHangup(ctx)
+	defer stop()
+	ctx, cancelCause := context.WithCancelCause(ctx)
+	defer cancelCause(nil)
+	d := &demo{options: o, screen: newScreen(o.Out, o.Verbose, cancelCause)}
 	err := d.choose(ctx)
 	if ctx.Err() != nil {
 		return interruption(ctx)
@@ -68,6 +72,7 @@ func Run(ctx context.Context, o Options) error {
 	err = d.play(limited)
 	interrupted := err != nil && ctx.Err() != nil
 	if interrupted {
+		d.screen.say("\nInterrupted. Cleaning up ...")
 		err = interruption(ctx)
 	}
 	return errors.Join(err, d.cleanUp(err != nil && !interrupted))
@@ -413,7 +418,7 @@ func (d *demo) await(ctx context.Context, what string, reached func() (bool, err
 		}
 		select {
 		case <-d.fleet.done:
-			return fmt.Errorf("waiting for %s, the fleet ended: %w", what, d.fleet.err)
+			return fmt.Errorf("waiting for %s, the fleet ended: %v", what, d.fleet.err)
 		case <-ctx.Done():
 			return fmt.Errorf("waiting for %s: %w", what, context.Cause(ctx))
 		case <-time.After(50 * time.Millisecond):
@@ -593,14 +598,19 @@ func (d *demo) stopFleet() error {
 func (d *demo) verify(ctx context.Context, begin time.Time) error {
 	d.screen.say("\n6. Compare every archived segment with the server's own in pg_wal, byte for byte.\n")
 	var all compared
+	var errs []error
 	for _, c := range d.clusters {
 		got, err := compare(ctx, c.expected, c.server)
 		if err != nil {
-			return fmt.Errorf("the archive of %s differs from the server's pg_wal: %w", c.name, err)
+			errs = append(errs, fmt.Errorf("the archive of %s is not the server's pg_wal: %w", c.name, err))
+			continue
 		}
 		d.screen.say("%s%-8s %d segments (%d sealed), %s", indent, c.name, got.segments, got.sealed, size(got.bytes))
 		all.segments += got.segments
 		all.bytes += got.bytes
+	}
+	if errs != nil {
+		return errors.Join(errs...)
 	}
 	d.screen.say("\nOK: %d segments of %d clusters (%s) are byte-identical to the servers' own pg_wal, through one SIGKILL (%.0f s).",
 		all.segments, len(d.clusters), size(all.bytes), time.Since(begin).Seconds())
@@ -627,7 +637,7 @@ func (d *demo) cleanUp(failed bool) error {
 		if lines := lastLines(d.logFile(), 15); lines != "" {
 			d.screen.say("\nThe log of walfleet ends with:\n%s", lines)
 		}
-		d.screen.say("\nFAILED. Nothing runs any more; %s is left to look at (walfleet.log, archive, servers). Remove it with: rm -r %[1]s", d.dir)
+		d.screen.say("\nFAILED. Nothing runs any more; %s is left to look at. Remove it with: rm -r %[1]s", d.dir)
 	case d.options.Keep:
 		d.screen.say("\nKept: %s (archive, walfleet.toml, walfleet.log)", d.dir)
 	default:

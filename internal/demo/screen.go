@@ -13,8 +13,9 @@ import (
 // A screen shows the story line by line and, below it, a table that is redrawn
 // in place on a terminal. Elsewhere the table is printed anew now and then.
 type screen struct {
-	out      io.Writer
-	terminal *os.File // nil: plain lines
+	out   io.Writer
+	width func() int  // of the terminal, in columns; nil: plain lines
+	lost  func(error) // called when out takes no more
 
 	mu      sync.Mutex
 	table   []string  // below the story, none: nil
@@ -28,10 +29,11 @@ const (
 	plainInterval  = 3 * time.Second        // elsewhere, at most
 )
 
-func newScreen(out io.Writer, plain bool) *screen {
-	s := &screen{out: out}
+// newScreen writes to out, and calls lost when that fails.
+func newScreen(out io.Writer, plain bool, lost func(error)) *screen {
+	s := &screen{out: out, lost: lost}
 	if f, ok := out.(*os.File); ok && !plain && os.Getenv("TERM") != "dumb" && terminalWidth(f) > 0 {
-		s.terminal = f
+		s.width = func() int { return terminalWidth(f) }
 	}
 	return s
 }
@@ -41,7 +43,7 @@ func (s *screen) say(format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.erase()
-	fmt.Fprintf(s.out, format+"\n", args...)
+	s.write(format+"\n", args...)
 	s.draw()
 }
 
@@ -50,9 +52,9 @@ func (s *screen) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.erase()
-	n, err := s.out.Write(p)
+	s.write("%s", p)
 	s.draw()
-	return n, err
+	return len(p), nil
 }
 
 // show replaces the table. Where it does not move it is printed when it is
@@ -62,7 +64,7 @@ func (s *screen) show(table []string, news bool) {
 	defer s.mu.Unlock()
 	changed := !slices.Equal(s.table, table)
 	s.table = table
-	if s.terminal != nil {
+	if s.width != nil {
 		s.erase()
 		s.draw()
 		return
@@ -83,9 +85,15 @@ func (s *screen) settle(table []string) {
 	s.table = nil
 }
 
+func (s *screen) write(format string, args ...any) {
+	if _, err := fmt.Fprintf(s.out, format, args...); err != nil {
+		s.lost(fmt.Errorf("nobody reads on: %w", err))
+	}
+}
+
 func (s *screen) print() {
 	for _, line := range s.table {
-		fmt.Fprintln(s.out, indent+line)
+		s.write("%s\n", indent+line)
 	}
 	s.printed, s.stale = time.Now(), false
 }
@@ -97,16 +105,16 @@ const indent = "   "
 // the terminal is wide would wrap, and erase would miss a line.
 func (s *screen) erase() {
 	if s.drawn > 0 {
-		fmt.Fprintf(s.out, "\x1b[%dA\x1b[J", s.drawn) // cursor up, clear to the end
+		s.write("\x1b[%dA\x1b[J", s.drawn) // cursor up, clear to the end
 		s.drawn = 0
 	}
 }
 
 func (s *screen) draw() {
-	if s.terminal == nil || s.table == nil {
+	if s.width == nil || s.table == nil {
 		return
 	}
-	width := terminalWidth(s.terminal)
+	width := s.width()
 	var b strings.Builder
 	for _, line := range s.table {
 		line = indent + line
@@ -115,6 +123,6 @@ func (s *screen) draw() {
 		}
 		b.WriteString(line + "\n")
 	}
-	_, _ = io.WriteString(s.out, b.String())
+	s.write("%s", b.String())
 	s.drawn = len(s.table)
 }

@@ -22,7 +22,8 @@ const endOfAnswer = "-- walfleet demo: end of answer --"
 type session struct {
 	cmd    *exec.Cmd
 	in     io.WriteCloser
-	out    *bufio.Scanner
+	out    io.ReadCloser
+	lines  *bufio.Scanner // of out
 	stderr *tail
 }
 
@@ -40,7 +41,7 @@ func connect(ctx context.Context, s server) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	db := &session{cmd: cmd, in: in, out: bufio.NewScanner(out), stderr: new(tail)}
+	db := &session{cmd: cmd, in: in, out: out, lines: bufio.NewScanner(out), stderr: new(tail)}
 	cmd.Stderr = db.stderr
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -54,19 +55,19 @@ func connect(ctx context.Context, s server) (*session, error) {
 // query runs SQL and returns its rows, columns separated by "|". When ctx is
 // done first the session is ended, and the server left to notice.
 func (db *session) query(ctx context.Context, sql string) ([]string, error) {
-	stop := context.AfterFunc(ctx, func() { _ = db.cmd.Process.Kill() })
+	stop := context.AfterFunc(ctx, db.kill)
 	defer stop()
 	// A write that fails shows below as the end of the output.
 	_, _ = fmt.Fprintf(db.in, "%s;\n\\echo %s\n", sql, endOfAnswer)
 	var rows []string
-	for db.out.Scan() {
-		if db.out.Text() == endOfAnswer {
+	for db.lines.Scan() {
+		if db.lines.Text() == endOfAnswer {
 			return rows, nil
 		}
-		rows = append(rows, db.out.Text())
+		rows = append(rows, db.lines.Text())
 	}
 	// psql ended, or printed a line too long to scan.
-	_ = db.cmd.Process.Kill()
+	db.kill()
 	err := db.close()
 	switch {
 	case ctx.Err() != nil:
@@ -101,9 +102,16 @@ func (db *session) lsn(ctx context.Context, sql string) (wal.LSN, error) {
 // close disconnects and waits for psql's end. Its error says how psql ended.
 func (db *session) close() error {
 	_ = db.in.Close()
-	late := time.AfterFunc(time.Second, func() { _ = db.cmd.Process.Kill() })
+	late := time.AfterFunc(time.Second, db.kill)
 	defer late.Stop()
 	return db.cmd.Wait()
+}
+
+// kill ends psql, and query's reading even if another process has inherited
+// its output.
+func (db *session) kill() {
+	_ = db.cmd.Process.Kill()
+	_ = db.out.Close()
 }
 
 // once connects, runs f and disconnects.
