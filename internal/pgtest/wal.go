@@ -1,3 +1,5 @@
+// Package pgtest has what tests of the other packages need: WAL that is valid byte by byte, and a scripted server
+// that streams it.
 package pgtest
 
 import (
@@ -111,14 +113,12 @@ func (w *WAL) Switch() wal.LSN {
 // gives up the record, and an XLOG_OVERWRITE_CONTRECORD record. It returns the starts of the record that
 // was given up and of the page after it. The record must not be complete within those pages.
 func (w *WAL) Abort(payload []byte, pages int) (start, page wal.LSN) {
-	full := *w
-	full.buf = slices.Clone(w.buf)
-	start, end := full.put(xlogNoop, payload)
+	start, end := w.put(xlogNoop, payload)
 	page = start - start%wal.PageSize + wal.LSN(pages)*wal.PageSize
 	if pages < 1 || end <= page {
 		panic(fmt.Sprintf("pgtest: the record from %s to %s is complete before %s", start, end, page))
 	}
-	w.buf = full.buf[:page-w.c.Start]
+	w.buf = w.buf[:page-w.c.Start]
 	w.aborted = true
 	overwrite := make([]byte, 16) // xl_overwrite_contrecord: overwritten_lsn, overwrite_time
 	binary.LittleEndian.PutUint64(overwrite, uint64(start))

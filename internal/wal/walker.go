@@ -348,7 +348,6 @@ func (w *Walker) endRecord() error {
 func (w *Walker) startUnused() {
 	w.phase, w.have = inUnused, 0
 	w.unusedEnd = w.c.Size.Start(w.pos + LSN(w.c.Size) - 1)
-	w.followUnused(nil)
 }
 
 // followUnused takes the next bytes of a segment's unused rest, and returns what comes after them.
