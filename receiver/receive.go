@@ -36,20 +36,12 @@ type stream struct {
 // receive archives what comes, until the server ends the timeline, ctx is done,
 // or an error. What was received is flushed in every case.
 func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTimeline, error) {
-	interrupted := make(chan struct{})
-	unwatch := context.AfterFunc(ctx, func() {
-		defer close(interrupted)
-		ps.Interrupt()
-	})
 	now := time.Now()
 	st := &stream{session: s, Stream: ps, lastHeard: now, silenceAt: now.Add(s.cfg.ReceiveTimeout / 2)}
 	s.now.timeline, s.now.serverEnd = s.writer.Timeline(), s.id.XLogPos
 	s.log.Info("streaming started", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
 	s.setState(CatchingUp, "")
-	err := st.loop(ctx)
-	if !unwatch() {
-		<-interrupted
-	}
+	err := st.interruptible(ctx)
 	if s.writer != nil {
 		if ferr := st.flush(); ferr != nil {
 			err = errors.Join(err, ferr)
@@ -58,12 +50,26 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 	st.publish()
 	switch {
 	case errors.Is(err, errTimelineEnded):
-		next, err := st.finish(ctx)
-		return next, err
+		return st.finish(ctx)
 	case err == nil && ctx.Err() != nil:
 		return pgrepl.NextTimeline{}, st.goodbye()
 	}
 	return pgrepl.NextTimeline{}, err
+}
+
+// interruptible is the loop, with a Receive that ends when ctx is done.
+func (s *stream) interruptible(ctx context.Context) error {
+	interrupted := make(chan struct{})
+	unwatch := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		s.Interrupt()
+	})
+	defer func() {
+		if !unwatch() {
+			<-interrupted
+		}
+	}()
+	return s.loop(ctx)
 }
 
 var errTimelineEnded = errors.New("the server ended the timeline")

@@ -6,8 +6,10 @@ package receiver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -65,7 +67,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	var reported trouble
 	for {
 		begun := time.Now()
-		streamed, err := r.session(ctx)
+		streamed, err := r.guardedSession(ctx)
 		if ctx.Err() != nil {
 			if err != nil && !errors.Is(err, context.Canceled) {
 				r.log.Warn("stopped without a good-bye to the server", "error", err)
@@ -89,6 +91,19 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 			return nil
 		}
 	}
+}
+
+// guardedSession is a session whose panic is its own failure: siblings go on,
+// and so does this cluster, from what the disk has.
+func (r *Receiver) guardedSession(ctx context.Context) (streamed bool, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			r.log.Error("panic in the receiver; this is a bug in walfleet", "panic", p, "stack", string(debug.Stack()))
+			r.dropWriter()
+			err = fmt.Errorf("internal error: panic: %v", p)
+		}
+	}()
+	return r.session(ctx)
 }
 
 // reportTrouble logs a kind of trouble once; the same again is for debugging.
