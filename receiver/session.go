@@ -14,10 +14,8 @@ import (
 // session is one connection to a server, from connecting to its end.
 type session struct {
 	*Receiver
-	conn *pgrepl.Conn
-	id   pgrepl.Identity
-	// history of the server's timeline.
-	history wal.History
+	conninfo  *pgrepl.Conninfo
+	candidate // the host that was taken
 }
 
 // session connects and archives until something ends it. streamed tells whether
@@ -35,13 +33,20 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		return false, err
 	}
 	defer s.conn.Close()
+	s.setServer(s.conn.Host(), s.id)
+	s.logConnected()
 	r.dir.SetGroupReadable(s.id.GroupReadable)
-	if err := s.fetchHistories(ctx); err != nil {
+	if err := s.storeHistories(ctx); err != nil {
 		return false, err
 	}
 	if err := s.chooseStart(ctx); err != nil {
 		return false, err
 	}
+	ctx, leave := context.WithCancelCause(ctx)
+	defer leave(nil)
+	wait := s.watchHosts(ctx, leave)
+	defer wait()
+	defer leave(nil) // before the wait
 	for {
 		stream, next, err := s.start(ctx)
 		if err != nil {
@@ -52,7 +57,11 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 				s.now.streams++
 			}
 			streamed = true
-			if next, err = s.receive(ctx, stream); err != nil || ctx.Err() != nil {
+			next, err = s.receive(ctx, stream)
+			if err == nil {
+				err = context.Cause(ctx)
+			}
+			if err != nil {
 				return true, err
 			}
 		}
@@ -64,44 +73,6 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 			return true, err
 		}
 	}
-}
-
-// connect takes the first host that is of this cluster and in the right role.
-func (s *session) connect(ctx context.Context) error {
-	conninfo, err := pgrepl.ParseConninfo(s.cfg.Conninfo)
-	if err != nil {
-		return &pgrepl.UnusableError{Reason: err.Error()}
-	}
-	var failed hostsError
-	for _, i := range conninfo.Order() {
-		conn, err := conninfo.Connect(ctx, i, s.options())
-		if err == nil {
-			if s.id, err = s.identify(ctx, conn); err == nil {
-				s.conn = conn
-				s.setServer(conn.Host(), s.id)
-				s.logConnected()
-				return nil
-			}
-			err = fmt.Errorf("%s: %w", conn.Host(), err)
-			conn.Close()
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		failed = append(failed, err)
-	}
-	return failed
-}
-
-func (s *session) identify(ctx context.Context, conn *pgrepl.Conn) (pgrepl.Identity, error) {
-	id, err := conn.Identify(ctx)
-	if err != nil {
-		return id, err
-	}
-	if id.InRecovery && s.cfg.Source == SourcePrimary {
-		return id, &refusedError{`the server is a standby (in recovery), and source = "primary"`}
-	}
-	return id, s.dir.Check(archiveIdentity(id))
 }
 
 func archiveIdentity(id pgrepl.Identity) archive.Identity {
@@ -120,15 +91,15 @@ func (s *session) logConnected() {
 	s.log.Info("connected", attrs...)
 }
 
-// fetchHistories stores the history of the server's timeline, and those of its
+// storeHistories stores the history of the server's timeline, and those of its
 // ancestors where the server still has them.
-func (s *session) fetchHistories(ctx context.Context) error {
-	h, err := s.fetchHistory(ctx, s.id.Timeline)
-	if err != nil {
-		return err
+func (s *session) storeHistories(ctx context.Context) error {
+	if s.historyFile != nil {
+		if _, err := s.dir.StoreHistory(s.id.Timeline, s.historyFile); err != nil {
+			return err
+		}
 	}
-	s.history = h
-	for _, fork := range h.Forks {
+	for _, fork := range s.history.Forks {
 		if _, ok, err := s.dir.History(fork.Timeline); err != nil || ok {
 			if err != nil {
 				return err
@@ -194,19 +165,13 @@ func (s *session) chooseStart(ctx context.Context) error {
 // checkHistory makes sure that the server continues what the archive has.
 func (s *session) checkHistory(ctx context.Context) error {
 	tli, end := s.writer.Timeline(), s.writer.Durable()
-	switch {
-	case tli > s.id.Timeline:
-		return &refusedError{fmt.Sprintf("the server is on timeline %d, the archive is on %d already: an old primary, or one restored from a backup", s.id.Timeline, tli)}
-	case tli == s.id.Timeline:
+	if tli == s.id.Timeline {
 		if s.id.XLogPos < end {
 			return s.behind(end)
 		}
 		return nil
 	}
-	fork, ok := s.history.End(tli)
-	if !ok {
-		return &historyError{fmt.Sprintf("the archive is on timeline %d, which is no ancestor of the server's timeline %d", tli, s.id.Timeline)}
-	}
+	fork, _ := s.history.End(tli) // connect made sure that it is there
 	if end <= fork {
 		return nil // the server still streams the old timeline up to its end
 	}
