@@ -35,6 +35,7 @@ type member struct {
 	cfg      receiver.Config
 	receiver *receiver.Receiver
 	stop     context.CancelFunc
+	stopping bool          // stop was called; it cannot be kept
 	done     chan struct{} // closed when Run has returned
 }
 
@@ -122,7 +123,7 @@ func (f *Fleet) unfinished() []string {
 // plan says, in parallel, and does not touch a cluster whose values are the
 // same. A cluster that does not stop within the shutdown timeout keeps its place
 // and is named in the error; nothing is started on top of it, and the next
-// Reload tries again.
+// Reload replaces it, whatever its values are then.
 func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 	f.reload.Lock()
 	defer f.reload.Unlock()
@@ -133,7 +134,11 @@ func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 		return Plan{}, errors.New("the fleet is not running")
 	}
 	var running []receiver.Config
-	for _, m := range f.members {
+	for name, m := range f.members {
+		if m.stopping { // by an earlier reload, in vain: equal to nothing
+			running = append(running, receiver.Config{Name: name})
+			continue
+		}
 		running = append(running, m.cfg)
 	}
 	plan := Diff(running, cfg.Clusters)
@@ -170,6 +175,9 @@ func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 func (f *Fleet) replace(ctx context.Context, name string, next *member, timeout time.Duration) bool {
 	f.mu.Lock()
 	old := f.members[name]
+	if old != nil {
+		old.stopping = true
+	}
 	f.mu.Unlock()
 	if old != nil {
 		old.stop()

@@ -30,31 +30,37 @@ type stream struct {
 	reported  wal.LSN   // the flush position in it
 	lastHeard time.Time
 	asked     bool      // the server was asked for a reply, and has not been heard since
+	replying  bool      // to a keepalive that asked for it; all that was received is synced
 	silenceAt time.Time // when to look at lastHeard again
 }
 
 // receive archives what comes, until the server ends the timeline, ctx is done,
-// or an error. What was received is flushed in every case.
+// or an error. Then it flushes what it can.
 func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTimeline, error) {
 	now := time.Now()
 	st := &stream{session: s, Stream: ps, lastHeard: now, silenceAt: now.Add(s.cfg.ReceiveTimeout / 2)}
 	s.now.timeline, s.now.serverEnd = s.writer.Timeline(), s.id.XLogPos
+	s.hold = max(s.hold, s.writer.Durable())
+	if s.writer.Pos() == s.writer.Written() {
+		s.hold = max(s.hold, s.writer.Durable()+1) // nothing will be compared: new WAL has to show that it fits
+	}
 	s.log.Info("streaming started", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
 	s.setState(CatchingUp, "")
 	err := st.interruptible(ctx)
+	ended := errors.Is(err, errTimelineEnded)
 	if s.writer != nil {
 		if ferr := st.flush(); ferr != nil {
-			err = errors.Join(err, ferr)
+			return pgrepl.NextTimeline{}, ferr
 		}
 	}
 	st.publish()
 	switch {
-	case errors.Is(err, errTimelineEnded):
+	case ended:
 		return st.finish(ctx)
-	case err == nil && ctx.Err() != nil:
+	case err == nil: // ctx is done
 		return pgrepl.NextTimeline{}, st.goodbye()
 	}
-	return pgrepl.NextTimeline{}, err
+	return pgrepl.NextTimeline{}, s.noteGap(err)
 }
 
 // interruptible is the loop, with a Receive that ends when ctx is done.
@@ -126,6 +132,8 @@ func (s *stream) handle(msg pgrepl.Message) error {
 		if err := s.flush(); err != nil {
 			return err
 		}
+		s.replying = true
+		defer func() { s.replying = false }()
 		return s.sendStatus(false)
 	}
 	if msg.Start != s.writer.Pos() {
@@ -185,8 +193,16 @@ func (s *stream) flush() error {
 // flushPosition is what may be acknowledged: complete records that are synced;
 // nothing while the overlap with the archive is being compared, nor below what
 // the archive had before, nor beyond what the server says it has.
+//
+// A standby that shuts down waits until everything that it sent is acknowledged,
+// and its WAL can end inside a record (WalSndDone in walsender.c). Without a
+// flush position it goes by the write position, and its slot does not move; so
+// that is what it gets then.
 func (s *stream) flushPosition() wal.LSN {
 	durable := s.writer.Durable()
+	if s.id.InRecovery && s.replying && durable < s.writer.Written() {
+		return 0
+	}
 	if s.writer.Pos() < s.writer.Written() || durable < s.hold {
 		return 0
 	}

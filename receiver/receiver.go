@@ -85,6 +85,12 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		if t.state == Backoff && pause == 0 {
 			pause = retry.NextBackOff()
 		}
+		if t.state == Halted {
+			// Whoever mends this may have to move the directory away.
+			if err := r.release(); err != nil {
+				r.log.Debug("closing the archive", "error", err)
+			}
+		}
 		r.setState(t.state, err.Error())
 		reported = r.reportTrouble(reported, t, err, pause)
 		if !sleep(ctx, pause) {
@@ -137,12 +143,19 @@ func (r *Receiver) dropWriter() {
 	}
 }
 
-func (r *Receiver) close() error {
+// release closes the archive; the next session opens it again.
+func (r *Receiver) release() error {
 	r.dropWriter()
-	var err error
-	if r.dir != nil {
-		err = r.dir.Close()
+	if r.dir == nil {
+		return nil
 	}
+	err := r.dir.Close()
+	r.dir, r.hold = nil, 0
+	return err
+}
+
+func (r *Receiver) close() error {
+	err := r.release()
 	r.setState(Stopped, "")
 	r.log.Info("stopped", "timeline", r.now.timeline, "flushed", r.now.flushed)
 	return err

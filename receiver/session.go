@@ -152,12 +152,8 @@ func (s *session) chooseStart(ctx context.Context) error {
 			return err
 		}
 		s.writer = writer
-		if s.hold = writer.Durable(); s.hold == tail.Start && !tail.Sealed {
-			s.hold++ // as in begin
-		}
 	} else {
 		s.writer.Rewind()
-		s.hold = max(s.hold, s.writer.Durable())
 	}
 	return s.checkHistory(ctx)
 }
@@ -205,7 +201,6 @@ func (s *session) begin(ctx context.Context) error {
 			return err
 		}
 	}
-	s.hold = start + 1 // nothing before it is here, so the start alone must not be acknowledged
 	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), tli, start)
 	if err != nil {
 		return err
@@ -269,10 +264,16 @@ func (s *session) start(ctx context.Context) (*pgrepl.Stream, pgrepl.NextTimelin
 		}
 		stream, next, err = s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
 	}
-	if pgrepl.Code(err) == pgrepl.CodeUndefinedFile {
-		err = &gapError{tli, s.writer.Durable(), err}
+	return stream, next, s.noteGap(err)
+}
+
+// noteGap recognises that the server no longer has the WAL that comes next. It
+// says so when streaming starts, or as the first thing in the stream.
+func (s *session) noteGap(err error) error {
+	if s.writer != nil && pgrepl.Code(err) == pgrepl.CodeUndefinedFile {
+		return &gapError{s.writer.Timeline(), s.writer.Durable(), err}
 	}
-	return stream, next, err
+	return err
 }
 
 // follow goes on with the next timeline, from the start of the segment in which
@@ -293,6 +294,5 @@ func (s *session) follow(ctx context.Context, next pgrepl.NextTimeline) error {
 		return err
 	}
 	s.writer = writer
-	s.hold = max(s.hold, writer.Durable())
 	return nil
 }

@@ -109,7 +109,7 @@ func classify(err error) trouble {
 		return halted("slot", "")
 	case errors.As(err, &unusable):
 		return halted("unusable", "")
-	case errors.As(err, &refused):
+	case errors.As(err, &refused), errors.Is(err, errSuperseded):
 		return trouble{Backoff, "refused", 0, ""}
 	case errors.Is(err, archive.ErrLocked):
 		return trouble{Blocked, "locked", blockedRetry, "stop the other walfleet, or give this one another archive_dir"}
@@ -127,7 +127,7 @@ func classify(err error) trouble {
 		case syscall.ENOSPC, syscall.EDQUOT:
 			return trouble{Blocked, "disk full", blockedRetry, "make room in archive_dir; nothing that was acknowledged is lost, and archiving goes on by itself"}
 		case syscall.EACCES, syscall.EPERM, syscall.EROFS:
-			return trouble{Blocked, "permission", blockedRetry, "the archive directory must be writable for the user that runs walfleet"}
+			return trouble{Blocked, "permission", blockedRetry, "the file or directory named must be accessible for the user that runs walfleet"}
 		}
 	}
 	return trouble{Backoff, "connection", 0, ""}

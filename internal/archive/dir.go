@@ -131,7 +131,7 @@ func (d *Dir) mend() error {
 	}
 	for _, name := range names {
 		path := filepath.Join(d.path, name)
-		remove := strings.HasSuffix(name, tempSuffix)
+		remove := isTemporary(name)
 		if base, ok := strings.CutSuffix(path, partialSuffix); ok {
 			remove = sameFile(path, base)
 		}
@@ -142,6 +142,13 @@ func (d *Dir) mend() error {
 		}
 	}
 	return nil
+}
+
+// isTemporary tells whether a name is one that writeTemp makes.
+func isTemporary(name string) bool {
+	base, ok := strings.CutSuffix(name, tempSuffix)
+	_, err := wal.ParseHistoryName(base)
+	return ok && (base == metaName || strings.HasSuffix(base, partialSuffix) || err == nil)
 }
 
 func sameFile(a, b string) bool {
@@ -196,6 +203,9 @@ func (d *Dir) Check(id Identity) error {
 			return compareIdentity(filepath.Join(d.path, name), got, id)
 		}
 	}
+	if len(c.sealed) > 0 {
+		return &FileError{d.path, "holds segments and no archive.json, and none of them tells which cluster it is of; begin with an empty directory"}
+	}
 	return nil
 }
 
@@ -246,6 +256,16 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 	if d.meta != nil {
 		return fmt.Errorf("archive directory %s is bound already", d.path)
 	}
+	// Files that another program put here count as durable from here on.
+	c, err := d.scan(id.SegmentSize)
+	if err != nil {
+		return err
+	}
+	for name := range c.plain {
+		if err := syncFile(filepath.Join(d.path, name)); err != nil {
+			return err
+		}
+	}
 	m := &meta{
 		Format:      metaFormat,
 		SystemID:    strconv.FormatUint(id.SystemID, 10),
@@ -290,18 +310,14 @@ func (d *Dir) StoreHistory(tli wal.Timeline, data []byte) (wal.History, error) {
 		return h, err
 	}
 	path := filepath.Join(d.path, wal.HistoryName(tli))
-	err = storeFile(path, data, d.fileMode())
-	if !errors.Is(err, fs.ErrExist) {
-		return h, err
-	}
 	have, err := os.ReadFile(path)
-	if err != nil {
-		return h, err
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		err = storeFile(path, data, d.fileMode())
+	case err == nil && string(have) != string(data):
+		err = &IdentityError{fmt.Sprintf("the server's history of timeline %d differs from the archive's %s", tli, path)}
 	}
-	if string(have) != string(data) {
-		return h, &IdentityError{fmt.Sprintf("the server's history of timeline %d differs from the archive's %s", tli, path)}
-	}
-	return h, nil
+	return h, err
 }
 
 func (d *Dir) names() ([]string, error) {
@@ -356,11 +372,20 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 	return c, nil
 }
 
+// checkSealedSize refuses a file that has a complete segment's name and is none:
+// a copy that was cut short, say.
+func checkSealedSize(path string, size wal.SegmentSize) error {
+	info, err := os.Stat(path)
+	if err == nil && info.Size() != int64(size) {
+		err = &FileError{path, fmt.Sprintf("has %d bytes, a complete segment has %d; move it away and the server sends the segment again, if it still has it", info.Size(), size)}
+	}
+	return err
+}
+
 // Tail is where an archive ends.
 type Tail struct {
 	Timeline wal.Timeline
 	Start    wal.LSN     // start of the first segment that is not sealed
-	Sealed   bool        // the segment before Start is here, and sealed
 	First    wal.Segment // the archive's oldest segment
 }
 
@@ -380,6 +405,9 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 			}
 		}
 	}
+	if !ok {
+		return Tail{}, false, nil
+	}
 	lowest := wal.LSN(math.MaxUint64)
 	for s := range c.partial {
 		if s.Timeline == t.Timeline {
@@ -388,11 +416,15 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 	}
 	for s := range c.sealed {
 		if s.Timeline == t.Timeline {
-			t.Start, t.Sealed = max(t.Start, s.End()), true
+			t.Start = max(t.Start, s.End())
 		}
 	}
-	if !t.Sealed {
+	if t.Start == 0 {
 		t.Start = lowest
+		return t, ok, nil
+	}
+	if last := size.Segment(t.Timeline, t.Start-1).Name(); c.plain[last] {
+		return t, ok, checkSealedSize(filepath.Join(d.path, last), size)
 	}
 	return t, ok, nil
 }

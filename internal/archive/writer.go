@@ -15,14 +15,20 @@ import (
 
 // DivergenceError says that the server sent other bytes than those that the
 // archive has for the same position, before the archive's last incomplete
-// record. Nothing on disk was changed.
+// record, or WAL that does not continue the archive's last record. Nothing on
+// disk was changed.
 type DivergenceError struct {
 	Timeline wal.Timeline
-	LSN      wal.LSN // the first byte that differs
+	LSN      wal.LSN // the first byte that differs, or does not continue the archive
+	Reason   string  // why it does not continue the archive; "" when it differs
 }
 
 func (e *DivergenceError) Error() string {
-	return fmt.Sprintf("the server's history differs from the archive at timeline %d, %s", e.Timeline, e.LSN)
+	text := fmt.Sprintf("the server's history differs from the archive at timeline %d, %s", e.Timeline, e.LSN)
+	if e.Reason != "" {
+		text += ": " + e.Reason
+	}
+	return text
 }
 
 // AbortedRecordError says that the server sent other bytes inside the archive's
@@ -41,12 +47,12 @@ func (e *AbortedRecordError) Error() string {
 
 // Writer writes the WAL of one timeline, from one position on without a hole.
 //
-// Invariants, for Boundary ≤ Written and Flushed ≤ Written:
-//   - bytes from Tail.Start to Written are in the files, and those below Flushed
-//     are durable under a durable name;
-//   - every segment that ends at or before Boundary at the last Flush is sealed,
-//     no other is;
-//   - bytes below Written are never changed: what is written there again is
+// Invariants:
+//   - Durable ≤ Written, and Pos ≤ Written;
+//   - bytes from Tail.Start to Written are in the files; those below Durable are
+//     synced, under durable names, and end with a complete record;
+//   - every segment that ends at or before Durable is sealed, no other is;
+//   - bytes below Written are not changed: what is written there again is
 //     compared.
 //
 // After an error a Writer is of no further use but to be closed; opening a new
@@ -59,8 +65,16 @@ type Writer struct {
 	open     []*segment  // not sealed, ascending; the last one is written to
 	pos      wal.LSN     // where the next Write goes; below written while it is compared
 	written  wal.LSN
-	flushed  wal.LSN
+	durable  wal.LSN
 	compare  []byte
+	// unproven are the first bytes of the first segment, up to here, when they
+	// belong to a record whose beginning is not in the archive, so that no CRC
+	// speaks for them. They are received again and compared before anything else;
+	// 0 once that is done.
+	start, unproven wal.LSN
+	// before says that the walker has seen the record before start. chained is
+	// false while nothing shows yet that a connection's WAL continues the archive.
+	before, chained bool
 }
 
 // segment is a .partial file that is open.
@@ -76,17 +90,15 @@ type segment struct {
 // written up to the end of the last complete record, and what comes after that
 // will be written again.
 func (d *Dir) OpenWriter(ctx context.Context, id Identity, tli wal.Timeline, start wal.LSN) (_ *Writer, err error) {
-	w := &Writer{dir: d, id: id, timeline: tli}
+	w := &Writer{dir: d, id: id, timeline: tli, start: start}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("opening the archive at timeline %d, %s: %w", tli, start, errors.Join(err, w.Close()))
 		}
 	}()
-	boundary, err := w.recover(ctx, start)
-	if err != nil {
+	if err := w.recover(ctx); err != nil {
 		return nil, err
 	}
-	w.written, w.flushed = boundary, boundary
 	if err := w.seedWalker(ctx); err != nil {
 		return nil, err
 	}
@@ -97,25 +109,24 @@ func (d *Dir) OpenWriter(ctx context.Context, id Identity, tli wal.Timeline, sta
 	return w, nil
 }
 
-// recover opens the partial files from start on and returns the exclusive end of
-// the complete records in them. Files of later segments are left alone.
-func (w *Writer) recover(ctx context.Context, start wal.LSN) (wal.LSN, error) {
-	walker, err := w.walkerBefore(ctx, start)
+// recover opens the partial files from start on, and counts as written what
+// complete records prove. Files of later segments are left alone.
+func (w *Writer) recover(ctx context.Context) error {
+	walker, err := w.walkerBefore(ctx, w.start, true)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	for s := w.id.SegmentSize.Segment(w.timeline, start); ; s = s.Next() {
+	for s := w.id.SegmentSize.Segment(w.timeline, w.start); ; s = s.Next() {
 		f, err := w.openPartial(s)
 		if errors.Is(err, fs.ErrNotExist) {
 			break
 		}
 		if err != nil {
-			return 0, err
+			return err
 		}
-		seg := &segment{Segment: s, file: f}
-		w.open = append(w.open, seg)
+		w.open = append(w.open, &segment{Segment: s, file: f})
 		if err := settle(f, w.dir.path); err != nil {
-			return 0, err
+			return err
 		}
 		err = feed(ctx, walker, f, 0, int64(s.Size))
 		var corrupt *wal.CorruptError
@@ -123,24 +134,24 @@ func (w *Writer) recover(ctx context.Context, start wal.LSN) (wal.LSN, error) {
 			break // the end of what the file has
 		}
 		if err != nil {
-			return 0, err
+			return err
 		}
 	}
-	boundary := walker.Boundary()
-	if walker.ProvenFrom() > start || boundary < start {
-		// The segment begins inside a record whose beginning is not here, so no
-		// CRC speaks for its first bytes: the whole segment comes again.
-		boundary = start
+	w.written = max(w.start, walker.Boundary())
+	if proven := walker.ProvenFrom(); w.start < proven && proven < w.written {
+		w.unproven = proven
+	} else if w.start < proven {
+		w.written = w.start // not one record is proven
 	}
 	// Files after the one that is gone on with hold nothing that counts.
-	for len(w.open) > 1 && w.open[len(w.open)-1].Start >= boundary {
+	for len(w.open) > 1 && w.open[len(w.open)-1].Start >= w.written {
 		last := w.open[len(w.open)-1]
 		w.open = w.open[:len(w.open)-1]
 		if err := last.file.Close(); err != nil {
-			return 0, err
+			return err
 		}
 	}
-	return boundary, nil
+	return nil
 }
 
 // openPartial opens a segment's .partial file. An empty one, which a crash of
@@ -196,11 +207,12 @@ func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end in
 	return nil
 }
 
-// walkerBefore makes a walker that checks CRCs and stands at start. Where the
-// segment before is here, it has seen that segment's last record begin, so that
-// a record that crosses the boundary is proven too.
-func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN) (*wal.Walker, error) {
-	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: true}
+// walkerBefore makes a walker that stands at start, the start of a segment.
+// Where the segment before is here, it has seen that segment's last record
+// begin, so that what follows must continue that record, or name it as the one
+// before.
+func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool) (*wal.Walker, error) {
+	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC}
 	f, err := w.openSealedBefore(start)
 	if f == nil || err != nil {
 		return wal.NewWalker(config), err
@@ -208,67 +220,66 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN) (*wal.Walker, 
 	defer f.Close()
 	size := int64(w.id.SegmentSize)
 	// The last page in which a record begins: usually the last one, much earlier
-	// when a large record crosses the boundary.
+	// when a large record crosses the boundary, or after a switch of WAL.
 	page := make([]byte, wal.PageSize)
 	for offset := size - wal.PageSize; offset >= 0; offset -= wal.PageSize {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
 		if _, err := f.ReadAt(page, offset); err != nil {
 			return nil, err
 		}
-		if offset > 0 && !wal.RecordBegins(page) {
+		if !wal.RecordBegins(page) {
 			continue
 		}
-		config.Start = start - wal.LSN(size-offset)
-		walker := wal.NewWalker(config)
+		before := config
+		before.Start = start - wal.LSN(size-offset)
+		walker := wal.NewWalker(before)
 		err := feed(ctx, walker, f, offset, size)
 		var corrupt *wal.CorruptError
-		if errors.As(err, &corrupt) { // zero pages after a switch of WAL, for one
-			break
+		if errors.As(err, &corrupt) {
+			err = &FileError{f.Name(), corrupt.Error() + "; move it away and the server sends the segment again, if it still has it"}
 		}
 		return walker, err
 	}
-	config.Start = start
 	return wal.NewWalker(config), nil
 }
 
 // openSealedBefore opens the sealed segment that ends at start, of this timeline
-// or the nearest ancestor; nil when there is none that can be read as it is.
+// or of the ancestor that has it; nil when there is none that can be read as it
+// is.
 func (w *Writer) openSealedBefore(start wal.LSN) (*os.File, error) {
 	if start == 0 {
 		return nil, nil
 	}
-	for tli := w.timeline; tli > 0; tli-- {
-		if tli < w.timeline {
-			h, ok, err := w.dir.History(w.timeline)
-			if err != nil || !ok {
-				return nil, err
-			}
-			if end, ok := h.End(tli); !ok || end < start {
-				continue
-			}
+	h, _, err := w.dir.History(w.timeline)
+	if err != nil {
+		return nil, err
+	}
+	timelines := []wal.Timeline{w.timeline}
+	for _, fork := range h.Forks {
+		if fork.End >= start {
+			timelines = append(timelines, fork.Timeline)
 		}
+	}
+	for _, tli := range timelines {
 		f, err := os.Open(filepath.Join(w.dir.path, w.id.SegmentSize.Segment(tli, start-1).Name()))
-		if err == nil {
-			info, err := f.Stat()
-			if err == nil && info.Size() == int64(w.id.SegmentSize) {
-				return f, nil
-			}
-			return nil, errors.Join(err, f.Close())
-		}
 		if !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+			return f, err
 		}
 	}
 	return nil, nil
 }
 
-// seedWalker makes the walker of the receive path, and feeds it with what is on
-// disk from the place to resume at up to written.
-func (w *Writer) seedWalker(ctx context.Context) error {
+// seedWalker makes the walker of the receive path, which stands at written.
+func (w *Writer) seedWalker(ctx context.Context) (err error) {
 	resume := w.resumePoint(w.written)
-	w.walker = wal.NewWalker(wal.WalkerConfig{Start: resume, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID})
 	if resume == w.written {
-		return nil
+		w.walker, err = w.walkerBefore(ctx, resume, false)
+		w.before = err == nil && w.walker.ProvenFrom() < resume
+		return err
 	}
+	w.walker = wal.NewWalker(wal.WalkerConfig{Start: resume, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID})
 	from := w.id.SegmentSize.Offset(resume)
 	return feed(ctx, w.walker, w.open[len(w.open)-1].file, from, from+int64(w.written-resume))
 }
@@ -294,18 +305,20 @@ func (w *Writer) Pos() wal.LSN { return w.pos }
 // Written is the exclusive end of the WAL in the files.
 func (w *Writer) Written() wal.LSN { return w.written }
 
-// Flushed is the exclusive end of the WAL that is synced.
-func (w *Writer) Flushed() wal.LSN { return w.flushed }
-
-// Durable is the exclusive end of the last record that is complete and synced:
-// what may be acknowledged. An incomplete record after it does not count, for
-// its server may abandon it, and WAL is asked for again from its start.
-func (w *Writer) Durable() wal.LSN { return min(w.flushed, w.walker.Boundary()) }
+// Durable is the exclusive end of the last record that was complete when all of
+// it was synced: what may be acknowledged. An incomplete record after it does
+// not count, for its server may abandon it, and WAL is asked for again from its
+// start.
+func (w *Writer) Durable() wal.LSN { return w.durable }
 
 // Rewind makes the writer expect WAL from its resume point on, for a new
 // connection, and returns that point. What is known already is compared.
 func (w *Writer) Rewind() wal.LSN {
 	w.pos = w.resumePoint(w.walker.Boundary())
+	if w.unproven > 0 {
+		w.pos = w.start
+	}
+	w.chained = w.pos < w.written || w.written == w.start && !w.before
 	return w.pos
 }
 
@@ -334,8 +347,13 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 		return nil
 	}
 	if err := w.walker.Feed(p); err != nil {
+		var corrupt *wal.CorruptError
+		if errors.As(err, &corrupt) && !w.chained {
+			return &DivergenceError{Timeline: w.timeline, LSN: w.written, Reason: corrupt.Error()}
+		}
 		return err
 	}
+	w.chained = w.chained || w.walker.Boundary() > w.written
 	for len(p) > 0 {
 		seg, err := w.current()
 		if err != nil {
@@ -375,16 +393,40 @@ func (w *Writer) compareNext(p []byte) (int, error) {
 			i++
 		}
 		at, boundary := w.pos+wal.LSN(i), w.walker.Boundary()
-		if at < boundary {
+		switch {
+		case at < w.unproven && isZero(have[i:min(n, i+int(wal.PageSize-at%wal.PageSize))]):
+			return w.restore(seg, p[:i+int(min(wal.PageSize-at%wal.PageSize, wal.LSN(n-i)))])
+		case at < boundary:
 			return 0, &DivergenceError{Timeline: w.timeline, LSN: at}
 		}
 		return 0, &AbortedRecordError{Timeline: w.timeline, LSN: at, Record: boundary}
 	}
 	w.pos += wal.LSN(n)
 	if w.pos == w.written {
-		w.compare = nil // needed once a connection
+		w.compare, w.unproven = nil, 0 // needed once a connection
 	}
 	return n, nil
+}
+
+// restore writes p at pos, where a power loss took a page that was not synced,
+// and no CRC could tell.
+func (w *Writer) restore(seg *segment, p []byte) (int, error) {
+	if _, err := seg.file.WriteAt(p, int64(w.pos-seg.Start)); err != nil {
+		return 0, fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.pos, err)
+	}
+	seg.dirty = true
+	w.durable = min(w.durable, w.start)
+	w.pos += wal.LSN(len(p))
+	return len(p), nil
+}
+
+func isZero(p []byte) bool {
+	for _, b := range p {
+		if b != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 func (w *Writer) segmentAt(lsn wal.LSN) *segment {
@@ -430,8 +472,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		}
 		s.dirty = false
 	}
-	w.flushed = w.written
-	for w.SealDue() && w.open[0].End() <= w.flushed {
+	for w.SealDue() {
 		s := w.open[0]
 		if err := w.seal(s); err != nil {
 			return sealed, fmt.Errorf("sealing %s: %w", s.Name(), err)
@@ -439,6 +480,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		w.open = w.open[1:]
 		sealed = append(sealed, s.Segment)
 	}
+	w.durable = w.walker.Boundary()
 	return sealed, nil
 }
 

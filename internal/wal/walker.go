@@ -124,7 +124,7 @@ func (w *Walker) Feed(p []byte) error {
 		head := pageHeaderSize(w.c.Size, w.pos)
 		switch {
 		case w.phase == inUnused:
-			p = w.followUnused(p)
+			p, w.err = w.followUnused(p)
 		case off >= head:
 			n := min(len(p), PageSize-off)
 			w.err = w.followPage(p[:n])
@@ -228,7 +228,7 @@ func (w *Walker) followPage(p []byte) (err error) {
 		case inData, inTail:
 			p, err = w.followData(p)
 		case inUnused:
-			p = w.followUnused(p)
+			p, err = w.followUnused(p)
 		}
 	}
 	return err
@@ -350,9 +350,17 @@ func (w *Walker) startUnused() {
 	w.unusedEnd = w.c.Size.Start(w.pos + LSN(w.c.Size) - 1)
 }
 
-// followUnused takes the next bytes of a segment's unused rest, and returns what comes after them.
-func (w *Walker) followUnused(p []byte) []byte {
+// followUnused takes the next bytes of a segment's unused rest, and returns what comes after them. With
+// CheckCRC they must be zero: in a file, others are left from WAL that was given up.
+func (w *Walker) followUnused(p []byte) ([]byte, error) {
 	n := min(uint64(len(p)), uint64(w.unusedEnd-w.pos))
+	if w.c.CheckCRC {
+		for i, b := range p[:n] {
+			if b != 0 {
+				return nil, &CorruptError{LSN: w.pos + LSN(i), Reason: "not zero after a switch of WAL"}
+			}
+		}
+	}
 	w.pos += LSN(n)
 	if w.pos == w.unusedEnd {
 		w.phase = inHeader
@@ -360,7 +368,7 @@ func (w *Walker) followUnused(p []byte) []byte {
 			w.boundary = w.pos
 		}
 	}
-	return p[n:]
+	return p[n:], nil
 }
 
 // badRecord is the error for the record being followed.
