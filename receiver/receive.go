@@ -40,9 +40,8 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 	now := time.Now()
 	st := &stream{session: s, Stream: ps, lastHeard: now, silenceAt: now.Add(s.cfg.ReceiveTimeout / 2)}
 	s.now.timeline, s.now.serverEnd = s.writer.Timeline(), s.id.XLogPos
-	s.hold = max(s.hold, s.writer.Durable())
-	if s.writer.Pos() == s.writer.Written() {
-		s.hold = max(s.hold, s.writer.Durable()+1) // nothing will be compared: new WAL has to show that it fits
+	if err := s.setHold(); err != nil {
+		return pgrepl.NextTimeline{}, err
 	}
 	s.log.Info("streaming started", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
 	s.setState(CatchingUp, "")
@@ -61,6 +60,22 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 		return pgrepl.NextTimeline{}, st.goodbye()
 	}
 	return pgrepl.NextTimeline{}, s.noteGap(err)
+}
+
+// setHold decides from where on flush positions are sent.
+func (s *session) setHold() error {
+	h, _, err := s.dir.History(s.writer.Timeline())
+	if err != nil {
+		return err
+	}
+	if n := len(h.Forks); n > 0 {
+		s.hold = max(s.hold, h.Forks[n-1].End) // may have been acknowledged on the timeline before
+	}
+	s.hold = max(s.hold, s.writer.Durable())
+	if s.writer.Pos() == s.writer.Written() {
+		s.hold = max(s.hold, s.writer.Durable()+1) // nothing will be compared: new WAL has to show that it fits
+	}
+	return nil
 }
 
 // interruptible is the loop, with a Receive that ends when ctx is done.

@@ -45,8 +45,8 @@ type Receiver struct {
 	now    progress
 	dir    *archive.Dir
 	writer *archive.Writer // kept from one connection to the next; nil after an error of its own
-	// hold keeps flush positions below it from being sent, which would move the
-	// slot back: it is what the archive has had in writer's timeline.
+	// hold keeps flush positions below it from being sent, which could move the
+	// slot back: it is what may have been acknowledged before.
 	hold wal.LSN
 }
 

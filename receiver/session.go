@@ -287,7 +287,7 @@ func (s *session) follow(ctx context.Context, next pgrepl.NextTimeline) error {
 		return err
 	}
 	s.log.Info("following a new timeline", "timeline", next.Timeline, "from_timeline", old.Timeline(), "fork", next.Start)
-	s.hold = min(old.Durable(), next.Start)
+	s.hold = 0
 	s.dropWriter()
 	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), next.Timeline, s.id.SegmentSize.Start(next.Start))
 	if err != nil {

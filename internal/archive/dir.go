@@ -10,7 +10,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -59,6 +58,7 @@ func (e *FileError) Error() string { return fmt.Sprintf("%s: %s", e.Path, e.Reas
 // by one goroutine at a time.
 type Dir struct {
 	path  string
+	disk  disk
 	lock  *flock.Flock
 	meta  *meta // nil until the directory is bound
 	group bool
@@ -81,27 +81,31 @@ type metaOrigin struct {
 
 // Open makes the directory when it is missing, and locks it. The error is
 // ErrLocked when another process has it.
-func Open(path string) (_ *Dir, err error) {
+func Open(path string) (*Dir, error) {
 	if err := makeDir(path, 0o700); err != nil {
 		return nil, fmt.Errorf("archive directory: %w", err)
 	}
-	d := &Dir{path: path, lock: flock.New(filepath.Join(path, lockName), flock.SetPermissions(0o600))}
-	locked, err := d.lock.TryLock()
+	lock := flock.New(filepath.Join(path, lockName), flock.SetPermissions(0o600))
+	locked, err := lock.TryLock()
 	if err != nil {
 		return nil, fmt.Errorf("archive directory: lock: %w", err)
 	}
 	if !locked {
 		return nil, fmt.Errorf("archive directory %s: %w", path, ErrLocked)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, d.Close())
-		}
-	}()
-	if err := d.mend(); err != nil {
-		return nil, fmt.Errorf("archive directory: %w", err)
+	d := &Dir{path: path, disk: osDisk(path), lock: lock}
+	if err := d.load(); err != nil {
+		return nil, errors.Join(err, d.Close())
 	}
-	return d, d.readMeta()
+	return d, nil
+}
+
+// load mends what a crash left, and reads archive.json.
+func (d *Dir) load() error {
+	if err := d.mend(); err != nil {
+		return fmt.Errorf("archive directory: %w", err)
+	}
+	return d.readMeta()
 }
 
 // Close releases the lock.
@@ -125,18 +129,17 @@ func (d *Dir) fileMode() fs.FileMode {
 // mend removes what a crash can leave behind: unfinished temporary files, and
 // the first of a segment's two names where sealing is not one operation.
 func (d *Dir) mend() error {
-	names, err := d.names()
+	names, err := d.disk.Names()
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		path := filepath.Join(d.path, name)
 		remove := isTemporary(name)
-		if base, ok := strings.CutSuffix(path, partialSuffix); ok {
-			remove = sameFile(path, base)
+		if base, ok := strings.CutSuffix(name, partialSuffix); ok {
+			remove = d.disk.Same(name, base)
 		}
 		if remove {
-			if err := os.Remove(path); err != nil {
+			if err := d.disk.Remove(name); err != nil {
 				return err
 			}
 		}
@@ -151,15 +154,9 @@ func isTemporary(name string) bool {
 	return ok && (base == metaName || strings.HasSuffix(base, partialSuffix) || err == nil)
 }
 
-func sameFile(a, b string) bool {
-	x, err1 := os.Stat(a)
-	y, err2 := os.Stat(b)
-	return err1 == nil && err2 == nil && os.SameFile(x, y)
-}
-
 func (d *Dir) readMeta() error {
-	path := filepath.Join(d.path, metaName)
-	data, err := os.ReadFile(path)
+	path := d.pathOf(metaName)
+	data, err := readFile(d.disk, metaName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -195,12 +192,12 @@ func (d *Dir) Check(id Identity) error {
 		return err
 	}
 	for name := range c.plain {
-		got, ok, err := readIdentity(filepath.Join(d.path, name))
+		got, ok, err := d.readIdentity(name)
 		if err != nil {
 			return err
 		}
 		if ok {
-			return compareIdentity(filepath.Join(d.path, name), got, id)
+			return compareIdentity(d.pathOf(name), got, id)
 		}
 	}
 	if len(c.sealed) > 0 {
@@ -221,16 +218,16 @@ func compareIdentity(what string, have, server Identity) error {
 
 // readIdentity reads a segment's long page header (XLogLongPageHeaderData,
 // xlog_internal.h). ok is false when nothing has been written there.
-func readIdentity(path string) (id Identity, ok bool, err error) {
-	f, err := os.Open(path)
+func (d *Dir) readIdentity(name string) (id Identity, ok bool, err error) {
+	f, err := d.disk.Open(name)
 	if err != nil {
 		return id, false, err
 	}
 	defer f.Close()
 	page := make([]byte, wal.PageSize)
-	if _, err := io.ReadFull(f, page); err != nil {
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return id, false, nil
+	if _, err := f.ReadAt(page, 0); err != nil {
+		if err == io.EOF {
+			err = nil
 		}
 		return id, false, err
 	}
@@ -262,7 +259,7 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 		return err
 	}
 	for name := range c.plain {
-		if err := syncFile(filepath.Join(d.path, name)); err != nil {
+		if err := syncFile(d.disk, name); err != nil {
 			return err
 		}
 	}
@@ -278,7 +275,7 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 	if err != nil {
 		return err
 	}
-	if err := storeFile(filepath.Join(d.path, metaName), append(data, '\n'), d.fileMode()); err != nil {
+	if err := storeFile(d.disk, metaName, append(data, '\n'), d.fileMode(), d.disk.Rename); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
 	}
 	d.meta = m
@@ -287,8 +284,8 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 
 // History reads a stored timeline history; ok is false when there is none.
 func (d *Dir) History(tli wal.Timeline) (h wal.History, ok bool, err error) {
-	path := filepath.Join(d.path, wal.HistoryName(tli))
-	data, err := os.ReadFile(path)
+	name := wal.HistoryName(tli)
+	data, err := readFile(d.disk, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return wal.History{}, false, nil
 	}
@@ -296,7 +293,7 @@ func (d *Dir) History(tli wal.Timeline) (h wal.History, ok bool, err error) {
 		return wal.History{}, false, err
 	}
 	if h, err = wal.ParseHistory(tli, data); err != nil {
-		return wal.History{}, false, &FileError{path, err.Error()}
+		return wal.History{}, false, &FileError{d.pathOf(name), err.Error()}
 	}
 	return h, true, nil
 }
@@ -309,28 +306,19 @@ func (d *Dir) StoreHistory(tli wal.Timeline, data []byte) (wal.History, error) {
 	if err != nil {
 		return h, err
 	}
-	path := filepath.Join(d.path, wal.HistoryName(tli))
-	have, err := os.ReadFile(path)
+	name := wal.HistoryName(tli)
+	have, err := readFile(d.disk, name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		err = storeFile(path, data, d.fileMode())
+		err = storeFile(d.disk, name, data, d.fileMode(), d.disk.Rename)
 	case err == nil && string(have) != string(data):
-		err = &IdentityError{fmt.Sprintf("the server's history of timeline %d differs from the archive's %s", tli, path)}
+		err = &IdentityError{fmt.Sprintf("the server's history of timeline %d differs from the archive's %s", tli, d.pathOf(name))}
 	}
 	return h, err
 }
 
-func (d *Dir) names() ([]string, error) {
-	entries, err := os.ReadDir(d.path)
-	if err != nil {
-		return nil, err
-	}
-	names := make([]string, len(entries))
-	for i, e := range entries {
-		names[i] = e.Name()
-	}
-	return names, nil
-}
+// pathOf is a file's path, for errors.
+func (d *Dir) pathOf(name string) string { return filepath.Join(d.path, name) }
 
 // catalogue is what a directory holds, by the names of its files.
 type catalogue struct {
@@ -347,7 +335,7 @@ var sealedSuffixes = []string{"", ".gz", ".lz4", ".zst"}
 // of ours.
 func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 	c := catalogue{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]bool{}}
-	names, err := d.names()
+	names, err := d.disk.Names()
 	if err != nil {
 		return c, err
 	}
@@ -374,10 +362,15 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 
 // checkSealedSize refuses a file that has a complete segment's name and is none:
 // a copy that was cut short, say.
-func checkSealedSize(path string, size wal.SegmentSize) error {
-	info, err := os.Stat(path)
-	if err == nil && info.Size() != int64(size) {
-		err = &FileError{path, fmt.Sprintf("has %d bytes, a complete segment has %d; move it away and the server sends the segment again, if it still has it", info.Size(), size)}
+func (d *Dir) checkSealedSize(name string, size wal.SegmentSize) error {
+	f, err := d.disk.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	have, err := f.Size()
+	if err == nil && have != int64(size) {
+		err = &FileError{d.pathOf(name), fmt.Sprintf("has %d bytes, a complete segment has %d; move it away and the server sends the segment again, if it still has it", have, size)}
 	}
 	return err
 }
@@ -424,7 +417,7 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 		return t, ok, nil
 	}
 	if last := size.Segment(t.Timeline, t.Start-1).Name(); c.plain[last] {
-		return t, ok, checkSealedSize(filepath.Join(d.path, last), size)
+		return t, ok, d.checkSealedSize(last, size)
 	}
 	return t, ok, nil
 }

@@ -3,98 +3,205 @@ package archive
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 )
 
+// disk is the directory that an archive lives in. All of an archive's files are
+// in one directory, so names are enough.
+type disk interface {
+	Names() ([]string, error)
+	Open(name string) (file, error)                     // for reading; fs.ErrNotExist
+	OpenWrite(name string) (file, error)                // for reading and writing; fs.ErrNotExist
+	Create(name string, mode fs.FileMode) (file, error) // empty, whatever was there
+	Rename(from, to string) error                       // never replaces: fs.ErrExist. A crash may leave both names
+	Replace(from, to string) error                      // replaces
+	Remove(name string) error
+	Same(a, b string) bool // whether two names are of one file
+	Sync() error           // makes names durable
+}
+
+// file is an open file of a disk.
+type file interface {
+	io.ReaderAt
+	io.WriterAt
+	io.Closer
+	Size() (int64, error)
+	Allocate(size int64) error // sets the size; what was not written reads as zero
+	Sync() error               // makes content and size durable
+	SyncData() error           // makes content durable; the size was settled before
+	DropCache() error          // makes later reads show what the disk has
+}
+
 // The durable sequences of this package stand here, each in one place.
 
-// createFile makes path with size bytes, all of them reading as zero, and
-// returns it open for reading and writing. When it returns the file and its name
-// are durable. It never replaces a file: one that is there is fs.ErrExist.
+// tempSuffix marks a file that is not finished. Those that a crash left behind
+// are removed when the directory is opened.
+const tempSuffix = ".tmp"
+
+// createFile makes a file with size bytes, all of them reading as zero, and
+// returns it open. When it returns the file and its name are durable. It never
+// replaces a file: one that is there is fs.ErrExist.
 //
-// The file is made under another name first, so that after a crash path either
-// is not there or has its full size.
-func createFile(path string, size int64, mode fs.FileMode) (*os.File, error) {
-	f, err := writeTemp(path, mode, func(f *os.File) error { return allocate(f, size) })
+// The file is made under another name first, so that after a crash it either is
+// not there or has its full size.
+func createFile(d disk, name string, size int64, mode fs.FileMode) (file, error) {
+	f, err := writeTemp(d, name, mode, func(f file) error { return f.Allocate(size) })
 	if err != nil {
 		return nil, err
 	}
-	if err := publish(path); err != nil {
+	if err := publish(d, name, d.Rename); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
-// storeFile makes path with the given content, durably, without replacing a file
-// that is there.
-func storeFile(path string, data []byte, mode fs.FileMode) error {
-	f, err := writeTemp(path, mode, func(f *os.File) error {
-		_, err := f.Write(data)
+// storeFile makes a file with the given content, durably. publishing is the
+// disk's Rename or Replace.
+func storeFile(d disk, name string, data []byte, mode fs.FileMode, publishing func(from, to string) error) error {
+	f, err := writeTemp(d, name, mode, func(f file) error {
+		_, err := f.WriteAt(data, 0)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Close(), publish(path))
+	return errors.Join(f.Close(), publish(d, name, publishing))
 }
 
-// tempSuffix marks a file that is not finished. Those that a crash left behind
-// are removed when the directory is opened.
-const tempSuffix = ".tmp"
-
-// writeTemp makes path's temporary file and syncs it.
-func writeTemp(path string, mode fs.FileMode, fill func(*os.File) error) (_ *os.File, err error) {
-	f, err := os.OpenFile(path+tempSuffix, os.O_RDWR|os.O_CREATE|os.O_TRUNC, mode)
+// writeTemp makes the temporary file of a name and syncs it.
+func writeTemp(d disk, name string, mode fs.FileMode, fill func(file) error) (_ file, err error) {
+	f, err := d.Create(name+tempSuffix, mode)
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.Close(), os.Remove(path+tempSuffix))
-		}
-	}()
-	if err := f.Chmod(mode); err != nil { // the umask may have taken the group's bit
-		return nil, err
-	}
 	if err := fill(f); err != nil {
+		return nil, errors.Join(err, f.Close(), d.Remove(name+tempSuffix))
+	}
+	if err := f.Sync(); err != nil {
+		return nil, errors.Join(err, f.Close(), d.Remove(name+tempSuffix))
+	}
+	return f, nil
+}
+
+// publish gives a synced temporary file its name, durably.
+func publish(d disk, name string, publishing func(from, to string) error) error {
+	if err := publishing(name+tempSuffix, name); err != nil {
+		return errors.Join(err, d.Remove(name+tempSuffix))
+	}
+	return d.Sync()
+}
+
+// readFile reads all of a file.
+func readFile(d disk, name string) ([]byte, error) {
+	f, err := d.Open(name)
+	if err != nil {
 		return nil, err
 	}
-	return f, f.Sync()
+	defer f.Close()
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	if size > maxSmallFile {
+		return nil, fmt.Errorf("%s has %d bytes, too many for what it is", name, size)
+	}
+	data := make([]byte, size)
+	if _, err := f.ReadAt(data, 0); err != nil && err != io.EOF {
+		return nil, err
+	}
+	return data, nil
 }
 
-// publish gives path's synced temporary file its name, durably and without
-// replacing another file.
-func publish(path string) error {
-	if err := renameNoReplace(path+tempSuffix, path); err != nil {
-		return errors.Join(err, os.Remove(path+tempSuffix))
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-// renameNoReplace renames a file; it fails with fs.ErrExist when to exists.
-func renameNoReplace(from, to string) error {
-	err := renameExclusive(from, to)
-	if !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	// A second name and then the removal of the first: link(2) never replaces.
-	// A crash between the two leaves both, which opening the directory mends.
-	if err := os.Link(from, to); err != nil {
-		return err
-	}
-	return os.Remove(from)
-}
+// maxSmallFile bounds the size of a file that is read as a whole, in bytes.
+const maxSmallFile = 16 << 20
 
 // syncFile makes a file's content durable.
-func syncFile(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+func syncFile(d disk, name string) error {
+	f, err := d.Open(name)
 	if err != nil {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// osDisk is a directory of the operating system.
+type osDisk string
+
+func (d osDisk) path(name string) string { return filepath.Join(string(d), name) }
+
+func (d osDisk) Names() ([]string, error) {
+	entries, err := os.ReadDir(string(d))
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.Name()
+	}
+	return names, nil
+}
+
+func (d osDisk) Open(name string) (file, error) { return d.open(name, os.O_RDONLY, 0) }
+
+func (d osDisk) OpenWrite(name string) (file, error) { return d.open(name, os.O_RDWR, 0) }
+
+func (d osDisk) open(name string, flag int, mode fs.FileMode) (file, error) {
+	f, err := os.OpenFile(d.path(name), flag, mode)
+	if err != nil {
+		return nil, err
+	}
+	return osFile{f}, nil
+}
+
+func (d osDisk) Create(name string, mode fs.FileMode) (file, error) {
+	f, err := d.open(name, os.O_RDWR|os.O_CREATE|os.O_TRUNC, mode)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(d.path(name), mode); err != nil { // the umask may have taken the group's bit
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func (d osDisk) Rename(from, to string) error {
+	err := renameExclusive(d.path(from), d.path(to))
+	if !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	// A second name and then the removal of the first: link(2) never replaces.
+	if err := os.Link(d.path(from), d.path(to)); err != nil {
+		return err
+	}
+	return os.Remove(d.path(from))
+}
+
+func (d osDisk) Replace(from, to string) error { return os.Rename(d.path(from), d.path(to)) }
+
+func (d osDisk) Remove(name string) error { return os.Remove(d.path(name)) }
+
+func (d osDisk) Same(a, b string) bool {
+	x, err1 := os.Stat(d.path(a))
+	y, err2 := os.Stat(d.path(b))
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
+}
+
+func (d osDisk) Sync() error { return syncDir(string(d)) }
+
+// osFile is a file of the operating system; Allocate, SyncData and DropCache
+// depend on which one.
+type osFile struct{ *os.File }
+
+func (f osFile) Size() (int64, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return info.Size(), nil
 }
 
 // syncDir makes the names in a directory durable.

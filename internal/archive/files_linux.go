@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// allocate gives f size bytes without writing them. Where the file system has no
+// Allocate gives f size bytes without writing them. Where the file system has no
 // fallocate the file is sparse, and a full disk shows when WAL is written.
-func allocate(f *os.File, size int64) error {
+func (f osFile) Allocate(size int64) error {
 	var err error
 	for {
 		if err = unix.Fallocate(int(f.Fd()), 0, 0, size); err != unix.EINTR {
@@ -26,17 +26,17 @@ func allocate(f *os.File, size int64) error {
 	return &os.PathError{Op: "fallocate", Path: f.Name(), Err: err}
 }
 
-// dropCache forgets the clean pages of f, so that the next read shows what the
-// disk has (posix_fadvise(2), POSIX_FADV_DONTNEED).
-func dropCache(f *os.File) error {
+// DropCache forgets the clean pages of f (posix_fadvise(2),
+// POSIX_FADV_DONTNEED).
+func (f osFile) DropCache() error {
 	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
 		return &os.PathError{Op: "fadvise", Path: f.Name(), Err: err}
 	}
 	return nil
 }
 
-// syncData makes the content of f durable; its size was settled before.
-func syncData(f *os.File) error {
+// SyncData is fdatasync(2).
+func (f osFile) SyncData() error {
 	for {
 		err := unix.Fdatasync(int(f.Fd()))
 		if err == unix.EINTR {

@@ -2,17 +2,14 @@
 
 package archive
 
-import (
-	"errors"
-	"os"
-)
+import "errors"
 
 // Other systems are for development: the portable calls are enough there.
 
-func allocate(f *os.File, size int64) error { return f.Truncate(size) }
+func (f osFile) Allocate(size int64) error { return f.Truncate(size) }
 
-func dropCache(*os.File) error { return nil }
+func (osFile) DropCache() error { return nil }
 
-func syncData(f *os.File) error { return f.Sync() }
+func (f osFile) SyncData() error { return f.Sync() }
 
 func renameExclusive(string, string) error { return errors.ErrUnsupported }

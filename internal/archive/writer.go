@@ -2,13 +2,12 @@ package archive
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
-	"path/filepath"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -80,7 +79,7 @@ type Writer struct {
 // segment is a .partial file that is open.
 type segment struct {
 	wal.Segment
-	file  *os.File
+	file  file
 	dirty bool
 }
 
@@ -125,7 +124,7 @@ func (w *Writer) recover(ctx context.Context) error {
 			return err
 		}
 		w.open = append(w.open, &segment{Segment: s, file: f})
-		if err := settle(f, w.dir.path); err != nil {
+		if err := settle(w.dir.disk, f); err != nil {
 			return err
 		}
 		err = feed(ctx, walker, f, 0, int64(s.Size))
@@ -156,21 +155,21 @@ func (w *Writer) recover(ctx context.Context) error {
 
 // openPartial opens a segment's .partial file. An empty one, which a crash of
 // pg_receivewal can leave, counts as missing.
-func (w *Writer) openPartial(s wal.Segment) (*os.File, error) {
-	path := w.partialPath(s)
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+func (w *Writer) openPartial(s wal.Segment) (file, error) {
+	name := s.Name() + partialSuffix
+	f, err := w.dir.disk.OpenWrite(name)
 	if err != nil {
 		return nil, err
 	}
-	info, err := f.Stat()
+	size, err := f.Size()
 	switch {
 	case err != nil:
-	case info.Size() == int64(s.Size):
+	case size == int64(s.Size):
 		return f, nil
-	case info.Size() == 0:
-		err = fmt.Errorf("%s: %w", path, errors.Join(os.Remove(path), fs.ErrNotExist))
+	case size == 0:
+		err = errors.Join(w.dir.disk.Remove(name), fs.ErrNotExist)
 	default:
-		err = &FileError{path, fmt.Sprintf("has %d bytes, should be 0 or %d; move it away and the server sends the segment again", info.Size(), s.Size)}
+		err = &FileError{w.dir.pathOf(name), fmt.Sprintf("has %d bytes, should be 0 or %d; move it away and the server sends the segment again", size, s.Size)}
 	}
 	f.Close()
 	return nil, err
@@ -178,14 +177,14 @@ func (w *Writer) openPartial(s wal.Segment) (*os.File, error) {
 
 // settle makes a file and its name durable, and makes sure that what is read
 // from it comes from the disk.
-func settle(f *os.File, dir string) error {
+func settle(d disk, f file) error {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if err := syncDir(dir); err != nil {
+	if err := d.Sync(); err != nil {
 		return err
 	}
-	return dropCache(f)
+	return f.DropCache()
 }
 
 // feed gives the bytes of f from offset to end to the walker.
@@ -213,7 +212,7 @@ func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end in
 // before.
 func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool) (*wal.Walker, error) {
 	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC}
-	f, err := w.openSealedBefore(start)
+	f, name, err := w.openSealedBefore(start)
 	if f == nil || err != nil {
 		return wal.NewWalker(config), err
 	}
@@ -238,7 +237,7 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 		err := feed(ctx, walker, f, offset, size)
 		var corrupt *wal.CorruptError
 		if errors.As(err, &corrupt) {
-			err = &FileError{f.Name(), corrupt.Error() + "; move it away and the server sends the segment again, if it still has it"}
+			err = &FileError{w.dir.pathOf(name), corrupt.Error() + "; move it away and the server sends the segment again, if it still has it"}
 		}
 		return walker, err
 	}
@@ -248,13 +247,13 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 // openSealedBefore opens the sealed segment that ends at start, of this timeline
 // or of the ancestor that has it; nil when there is none that can be read as it
 // is.
-func (w *Writer) openSealedBefore(start wal.LSN) (*os.File, error) {
+func (w *Writer) openSealedBefore(start wal.LSN) (f file, name string, err error) {
 	if start == 0 {
-		return nil, nil
+		return nil, "", nil
 	}
 	h, _, err := w.dir.History(w.timeline)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	timelines := []wal.Timeline{w.timeline}
 	for _, fork := range h.Forks {
@@ -263,12 +262,13 @@ func (w *Writer) openSealedBefore(start wal.LSN) (*os.File, error) {
 		}
 	}
 	for _, tli := range timelines {
-		f, err := os.Open(filepath.Join(w.dir.path, w.id.SegmentSize.Segment(tli, start-1).Name()))
+		name := w.id.SegmentSize.Segment(tli, start-1).Name()
+		f, err := w.dir.disk.Open(name)
 		if !errors.Is(err, fs.ErrNotExist) {
-			return f, err
+			return f, name, err
 		}
 	}
-	return nil, nil
+	return nil, "", nil
 }
 
 // seedWalker makes the walker of the receive path, which stands at written.
@@ -445,13 +445,15 @@ func (w *Writer) current() (*segment, error) {
 		return s, nil
 	}
 	s := w.id.SegmentSize.Segment(w.timeline, w.written)
-	sealed := filepath.Join(w.dir.path, s.Name())
-	if _, err := os.Lstat(sealed); !errors.Is(err, fs.ErrNotExist) {
-		return nil, &FileError{sealed, "is there already, so its segment cannot be written"}
+	if sealed, err := w.dir.disk.Open(s.Name()); !errors.Is(err, fs.ErrNotExist) {
+		if err == nil {
+			err = sealed.Close()
+		}
+		return nil, cmp.Or[error](err, &FileError{w.dir.pathOf(s.Name()), "is there already, so its segment cannot be written"})
 	}
 	f, err := w.openPartial(s)
 	if errors.Is(err, fs.ErrNotExist) {
-		f, err = createFile(w.partialPath(s), int64(s.Size), w.dir.fileMode())
+		f, err = createFile(w.dir.disk, s.Name()+partialSuffix, int64(s.Size), w.dir.fileMode())
 	}
 	if err != nil {
 		return nil, err
@@ -467,7 +469,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		if !s.dirty {
 			continue
 		}
-		if err := syncData(s.file); err != nil {
+		if err := s.file.SyncData(); err != nil {
 			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
 		}
 		s.dirty = false
@@ -489,10 +491,10 @@ func (w *Writer) seal(s *segment) error {
 	if err := s.file.Sync(); err != nil {
 		return err
 	}
-	if err := renameNoReplace(w.partialPath(s.Segment), filepath.Join(w.dir.path, s.Name())); err != nil {
+	if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {
 		return err
 	}
-	if err := syncDir(w.dir.path); err != nil {
+	if err := w.dir.disk.Sync(); err != nil {
 		return err
 	}
 	return s.file.Close()
@@ -506,8 +508,4 @@ func (w *Writer) Close() error {
 	}
 	w.open = nil
 	return errors.Join(errs...)
-}
-
-func (w *Writer) partialPath(s wal.Segment) string {
-	return filepath.Join(w.dir.path, s.Name()+partialSuffix)
 }
