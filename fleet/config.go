@@ -47,6 +47,7 @@ func defaultCluster() receiver.Config {
 		CreateSlot:     true,
 		Synchronous:    true,
 		Source:         receiver.SourcePrimary,
+		OnGap:          receiver.GapHalt,
 		StatusInterval: 10 * time.Second,
 		ReceiveTimeout: 60 * time.Second,
 		FlushInterval:  10 * time.Second,
@@ -144,6 +145,7 @@ var defaultSettings = []setting[receiver.Config]{
 	{"receive_timeout", duration(func(c *receiver.Config) *time.Duration { return &c.ReceiveTimeout }, time.Second, day, false)},
 	{"flush_interval", duration(func(c *receiver.Config) *time.Duration { return &c.FlushInterval }, 10*time.Millisecond, day, false)},
 	{"source", oneOf(func(c *receiver.Config) *string { return &c.Source }, receiver.SourcePrimary, receiver.SourceAny)},
+	{"on_gap", oneOf(func(c *receiver.Config) *string { return &c.OnGap }, receiver.GapHalt, receiver.GapRecord)},
 	{"application_name", text(func(c *receiver.Config) *string { return &c.ApplicationName }, checkApplicationName)},
 	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
 }

@@ -55,7 +55,7 @@ name = "B-2.x_"
 conninfo = "postgresql://db2/"
 `)
 	cluster := receiver.Config{
-		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary",
+		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary", OnGap: "halt",
 		StatusInterval: 10 * time.Second, ReceiveTimeout: time.Minute, FlushInterval: 10 * time.Second,
 	}
 	a, b := cluster, cluster
@@ -89,6 +89,7 @@ status_interval = "1s"
 receive_timeout = "2h"
 flush_interval = "1s"
 source = "primary"
+on_gap = "halt"
 slot = "own"
 application_name = ""
 password_file = ""
@@ -104,6 +105,7 @@ status_interval = "0s"
 receive_timeout = "1s"
 flush_interval = "10ms"
 source = "any"
+on_gap = "record"
 slot = "common"
 application_name = "archive of db1"
 password_file = "/run/secrets/pw"
@@ -111,11 +113,11 @@ password_file = "/run/secrets/pw"
 	own := receiver.Config{
 		Name: "own", Dir: "/archive/own", Conninfo: "host=db1",
 		CreateSlot: true, Synchronous: true, StatusInterval: time.Second, ReceiveTimeout: 2 * time.Hour,
-		FlushInterval: time.Second, Source: "primary", Slot: "own",
+		FlushInterval: time.Second, Source: "primary", OnGap: "halt", Slot: "own",
 	}
 	def := receiver.Config{
 		Name: "default", Dir: "/archive/default", Conninfo: "host=db1",
-		ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond, Source: "any", Slot: "common",
+		ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond, Source: "any", OnGap: "record", Slot: "common",
 		ApplicationName: "archive of db1", PasswordFile: "/run/secrets/pw",
 	}
 	want := &Config{
@@ -183,7 +185,7 @@ func TestParseErrors(t *testing.T) {
 		{"password", cluster(`password = "x"`), `
 :6: cluster "a": unknown key password; did you mean password_file?`},
 		{"nothing like it", cluster(`"k\u0000 k" = 1`), `
-:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, application_name, password_file`},
+:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, application_name, password_file`},
 		{"cluster key at the top", `slot = "x"` + fine, `
 :1: slot belongs to [defaults] or [[cluster]], not to the top of the file`},
 		{"top key below a header", cluster(`shutdown_timeout = "1s"`), `
@@ -195,7 +197,7 @@ func TestParseErrors(t *testing.T) {
 		{"unknown section array", cluster("[[clusters]]\n"), `
 :6: unknown key clusters; did you mean cluster?`},
 		{"unknown table in a cluster", cluster("[cluster.tls]\nverify = true"), `
-:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, application_name, password_file`},
+:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, application_name, password_file`},
 		{"unknown key in log", cluster("[log]\nfile = 'x'"), `
 :7: [log]: unknown key file; known in [log]: level, format`},
 
@@ -547,7 +549,7 @@ func TestEveryFieldHasItsKey(t *testing.T) {
 }
 
 func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
-	values := []any{true, "any", "json", "debug", "/x", "30m"}
+	values := []any{true, "any", "record", "json", "debug", "/x", "30m"}
 	set := make(map[string]string) // field to key
 	for _, s := range settings {
 		var dst T

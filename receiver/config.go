@@ -8,6 +8,12 @@ const (
 	SourceAny     = "any"     // standbys too
 )
 
+// What to do about WAL that the server no longer has.
+const (
+	GapHalt   = "halt"   // wait for a person
+	GapRecord = "record" // write the gap down in the archive and go on behind it
+)
+
 // Config is what one cluster's receiver needs to know. It is a plain value:
 // two equal Configs describe the same receiver, and a reload that finds them
 // equal does not touch the one that runs.
@@ -22,6 +28,7 @@ type Config struct {
 	CreateSlot  bool   // create Slot when the server does not have it
 	Synchronous bool   // flush as soon as nothing more waits to be read
 	Source      string // SourcePrimary or SourceAny
+	OnGap       string // GapHalt or GapRecord
 
 	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
 	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead

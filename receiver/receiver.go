@@ -48,6 +48,7 @@ type Receiver struct {
 	// hold keeps flush positions below it from being sent, which could move the
 	// slot back: it is what may have been acknowledged before.
 	hold wal.LSN
+	gap  *gapError // to be recorded by the next session
 }
 
 // New makes a receiver that does nothing yet.
@@ -81,6 +82,10 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 			}
 		}
 		t := classify(err)
+		var gap *gapError
+		if errors.As(err, &gap) && r.cfg.OnGap == GapRecord {
+			r.gap, t = gap, trouble{Backoff, "gap", time.Second, ""}
+		}
 		pause := t.pause
 		if t.state == Backoff && pause == 0 {
 			pause = retry.NextBackOff()

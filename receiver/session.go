@@ -155,7 +155,43 @@ func (s *session) chooseStart(ctx context.Context) error {
 	} else {
 		s.writer.Rewind()
 	}
-	return s.checkHistory(ctx)
+	if err := s.checkHistory(ctx); err != nil || s.gap == nil {
+		return err
+	}
+	return s.skipGap(ctx)
+}
+
+// skipGap writes down that the WAL which the server no longer has is missing for
+// good, and opens the writer behind it: at the slot's restart_lsn, else at the
+// server's current position.
+func (s *session) skipGap(ctx context.Context) error {
+	gap := s.gap
+	s.gap = nil
+	from := s.writer.Durable()
+	if gap.tli != s.writer.Timeline() || gap.next != from {
+		return nil // not the same gap: the server will say what it has
+	}
+	lsn := s.id.XLogPos
+	if slot, err := s.conn.ReadSlot(ctx, s.id, s.cfg.Slot); err == nil && slot.RestartLSN > from && !slot.Lost {
+		lsn = slot.RestartLSN
+	}
+	tli, to := s.history.At(lsn), s.id.SegmentSize.Start(lsn)
+	if to <= from {
+		return gap // it is in the segment that the server writes: nothing to go on from
+	}
+	if err := s.dir.RecordGap(archive.Gap{Timeline: tli, From: from, To: to, Reason: gap.err.Error(), Time: time.Now()}); err != nil {
+		return err
+	}
+	s.log.Error("gap recorded: this WAL is missing in the archive for good, and no recovery can pass it; take a base backup now",
+		"timeline", tli, "from", from, "to", to, "on_gap", s.cfg.OnGap)
+	s.dropWriter()
+	s.hold = 0
+	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), tli, to)
+	if err != nil {
+		return err
+	}
+	s.writer = writer
+	return nil
 }
 
 // checkHistory makes sure that the server continues what the archive has.
@@ -253,18 +289,62 @@ func (s *session) createSlot(ctx context.Context) error {
 	return nil
 }
 
-// start begins streaming where the writer stands. A missing slot is made: the
-// server then says whether it still has the WAL.
+// start begins streaming where the writer stands. A slot that is missing or was
+// invalidated is made anew: the server then says whether it still has the WAL.
 func (s *session) start(ctx context.Context) (*pgrepl.Stream, pgrepl.NextTimeline, error) {
 	tli, pos := s.writer.Timeline(), s.writer.Pos()
+	if err := s.renewLostSlot(ctx); err != nil {
+		return nil, pgrepl.NextTimeline{}, err
+	}
 	stream, next, err := s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
-	if pgrepl.Code(err) == pgrepl.CodeUndefinedObject {
-		if err := s.createSlot(ctx); err != nil {
+	var renewed error
+	switch pgrepl.Code(err) {
+	case pgrepl.CodeUndefinedObject:
+		renewed = s.createSlot(ctx)
+	case pgrepl.CodeNotPrerequisite: // up to PostgreSQL 16 this is how an invalidated slot shows
+		slot, rerr := s.conn.ReadSlot(ctx, s.id, s.cfg.Slot)
+		if rerr != nil || !slot.Exists || slot.RestartLSN != 0 && !slot.Lost {
 			return nil, next, err
 		}
-		stream, next, err = s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
+		renewed = s.renewSlot(ctx)
+	default:
+		return stream, next, s.noteGap(err)
 	}
+	if renewed != nil {
+		return nil, next, renewed
+	}
+	stream, next, err = s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
 	return stream, next, s.noteGap(err)
+}
+
+// renewLostSlot makes an invalidated slot anew. PostgreSQL 17 and later let one
+// stream, and show its restart_lsn, while it retains nothing; where
+// pg_replication_slots cannot be read, that goes unnoticed.
+func (s *session) renewLostSlot(ctx context.Context) error {
+	if s.id.Major < 17 {
+		return nil
+	}
+	slot, err := s.conn.SelectSlot(ctx, s.cfg.Slot)
+	if errors.Is(err, pgrepl.ErrSlotUnreadable) {
+		s.log.Debug("whether the slot is still valid is not known", "error", err)
+		return nil
+	}
+	if err != nil || !slot.Lost {
+		return err
+	}
+	return s.renewSlot(ctx)
+}
+
+// renewSlot replaces our slot, which retains nothing any more.
+func (s *session) renewSlot(ctx context.Context) error {
+	s.log.Warn("the replication slot was invalidated and retains no WAL; it is made anew", "slot", s.cfg.Slot)
+	if !s.cfg.CreateSlot {
+		return &slotError{fmt.Sprintf("replication slot %q was invalidated, and create_slot is false: drop it, and create it again", s.cfg.Slot)}
+	}
+	if err := s.conn.DropSlot(ctx, s.cfg.Slot); err != nil {
+		return err
+	}
+	return s.createSlot(ctx)
 }
 
 // noteGap recognises that the server no longer has the WAL that comes next. It

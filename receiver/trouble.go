@@ -98,7 +98,7 @@ func classify(err error) trouble {
 	case errors.As(err, &aborted):
 		return trouble{Backoff, "aborted record", time.Millisecond, ""}
 	case errors.As(err, &gap):
-		return halted("gap", "WAL that the archive needs is gone from the server: take a new base backup, and move the cluster's directory away to begin a new archive")
+		return halted("gap", "no recovery can pass the missing WAL: set on_gap = \"record\" to go on behind it, or move the cluster's directory away to begin a new archive; then take a base backup")
 	case errors.As(err, &diverged), errors.As(err, &history):
 		return halted("divergence", "is this the right server? An old primary that still runs, or a restored one, must not be archived into this directory")
 	case errors.As(err, &identity):

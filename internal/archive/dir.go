@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"math"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -44,6 +45,15 @@ type Origin struct {
 	Time     time.Time
 }
 
+// Gap is WAL that is missing in an archive for good, by a decision.
+type Gap struct {
+	Timeline wal.Timeline // on which the archive goes on
+	From     wal.LSN      // inclusive: the end of what was archived
+	To       wal.LSN      // exclusive: where the archive goes on, the start of a segment
+	Reason   string
+	Time     time.Time
+}
+
 // IdentityError says that the directory belongs to another cluster.
 type IdentityError struct{ Reason string }
 
@@ -70,6 +80,15 @@ type meta struct {
 	SystemID    string     `json:"system_identifier"` // decimal; a JSON number would lose digits
 	SegmentSize uint32     `json:"segment_size"`      // bytes
 	Origin      metaOrigin `json:"origin"`
+	Gaps        []metaGap  `json:"gaps,omitempty"`
+}
+
+type metaGap struct {
+	Timeline uint32    `json:"timeline"`
+	From     string    `json:"from"`
+	To       string    `json:"to"`
+	Time     time.Time `json:"time"`
+	Reason   string    `json:"reason"`
 }
 
 type metaOrigin struct {
@@ -172,8 +191,16 @@ func (d *Dir) readMeta() error {
 	}
 	_, err1 := strconv.ParseUint(m.SystemID, 10, 64)
 	lsn, err2 := wal.ParseLSN(m.Origin.LSN)
-	if size := wal.SegmentSize(m.SegmentSize); err1 != nil || err2 != nil || !size.Valid() || size.Offset(lsn) != 0 || m.Origin.Timeline == 0 {
+	size := wal.SegmentSize(m.SegmentSize)
+	if err1 != nil || err2 != nil || !size.Valid() || size.Offset(lsn) != 0 || m.Origin.Timeline == 0 {
 		return &FileError{path, "is damaged: it lacks a valid system_identifier, segment_size or origin"}
+	}
+	for _, g := range m.Gaps {
+		from, err1 := wal.ParseLSN(g.From)
+		to, err2 := wal.ParseLSN(g.To)
+		if err1 != nil || err2 != nil || g.Timeline == 0 || from >= to || size.Offset(to) != 0 {
+			return &FileError{path, "is damaged: it has a gap that makes no sense"}
+		}
 	}
 	d.meta = &m
 	return nil
@@ -271,15 +298,44 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 			Timeline: uint32(origin.Timeline), LSN: origin.LSN.String(), Source: origin.Source, Time: origin.Time.UTC(),
 		},
 	}
+	return d.writeMeta(m, d.disk.Rename)
+}
+
+// writeMeta makes m the content of archive.json.
+func (d *Dir) writeMeta(m *meta, publishing func(from, to string) error) error {
 	data, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := storeFile(d.disk, metaName, append(data, '\n'), d.fileMode(), d.disk.Rename); err != nil {
+	if err := storeFile(d.disk, metaName, append(data, '\n'), d.fileMode(), publishing); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
 	}
 	d.meta = m
 	return nil
+}
+
+// RecordGap writes down that the WAL of a gap is missing for good. From then on
+// the archive's tail is behind the gap.
+func (d *Dir) RecordGap(g Gap) error {
+	m := *d.meta
+	m.Gaps = append(slices.Clone(m.Gaps), metaGap{
+		Timeline: uint32(g.Timeline), From: g.From.String(), To: g.To.String(), Time: g.Time.UTC(), Reason: g.Reason,
+	})
+	return d.writeMeta(&m, d.disk.Replace)
+}
+
+// Gaps lists the gaps that were recorded, in the order in which that was done.
+func (d *Dir) Gaps() []Gap {
+	if d.meta == nil {
+		return nil
+	}
+	gaps := make([]Gap, len(d.meta.Gaps))
+	for i, g := range d.meta.Gaps {
+		from, _ := wal.ParseLSN(g.From) // checked when they were read
+		to, _ := wal.ParseLSN(g.To)
+		gaps[i] = Gap{wal.Timeline(g.Timeline), from, to, g.Reason, g.Time}
+	}
+	return gaps
 }
 
 // History reads a stored timeline history; ok is false when there is none.
@@ -383,8 +439,8 @@ type Tail struct {
 }
 
 // Tail finds the end of the archive: on the highest timeline that has a segment,
-// after the highest sealed one, else at the lowest partial one. ok is false for
-// an archive without segments.
+// after the highest sealed one or the last gap, else at the lowest partial one.
+// ok is false for an archive without segments.
 func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 	c, err := d.scan(size)
 	if err != nil {
@@ -398,7 +454,11 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 			}
 		}
 	}
-	if !ok {
+	gaps := d.Gaps()
+	for _, g := range gaps {
+		t.Timeline = max(t.Timeline, g.Timeline)
+	}
+	if ok = ok || len(gaps) > 0; !ok {
 		return Tail{}, false, nil
 	}
 	lowest := wal.LSN(math.MaxUint64)
@@ -410,6 +470,12 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 	for s := range c.sealed {
 		if s.Timeline == t.Timeline {
 			t.Start = max(t.Start, s.End())
+		}
+	}
+	for _, g := range gaps {
+		if g.Timeline == t.Timeline && g.To >= t.Start {
+			t.Start = g.To
+			return t, ok, nil // nothing before it counts
 		}
 	}
 	if t.Start == 0 {

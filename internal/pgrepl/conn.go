@@ -215,21 +215,20 @@ func (c *Conn) TimelineHistory(ctx context.Context, tli wal.Timeline) ([]byte, e
 type Slot struct {
 	Exists     bool
 	RestartLSN wal.LSN // oldest WAL that the slot retains; 0: none
+	Lost       bool    // invalidated: it retains nothing any more. Known from pg_replication_slots alone
 }
 
 // ErrSlotUnreadable says that this server (PostgreSQL 13 or 14, which have no
 // READ_REPLICATION_SLOT) did not let us read pg_replication_slots.
 var ErrSlotUnreadable = errors.New("pg_replication_slots cannot be read")
 
-// ReadSlot reads a slot. Before PostgreSQL 15 that needs an ordinary connection
-// to the conninfo's database (or postgres); where that fails the error is
-// ErrSlotUnreadable.
+// ReadSlot reads a slot; before PostgreSQL 15 as SelectSlot does.
 func (c *Conn) ReadSlot(ctx context.Context, id Identity, name string) (Slot, error) {
+	if id.Major < 15 {
+		return c.SelectSlot(ctx, name)
+	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	if id.Major < 15 {
-		return c.selectSlot(ctx, name)
-	}
 	doing := "READ_REPLICATION_SLOT " + quoteIdentifier(name)
 	results, err := c.pg.Exec(ctx, doing).ReadAll()
 	if err != nil {
@@ -239,17 +238,17 @@ func (c *Conn) ReadSlot(ctx context.Context, id Identity, name string) (Slot, er
 		return Slot{}, protocolErrorf("%s: not one row of three columns", doing)
 	}
 	row := results[0].Rows[0]
-	return makeSlot(doing, row[0], row[1])
+	return makeSlot(doing, row[0], row[1], nil)
 }
 
-func makeSlot(doing string, kind, restartLSN []byte) (Slot, error) {
+func makeSlot(doing string, kind, restartLSN, walStatus []byte) (Slot, error) {
 	if kind == nil {
 		return Slot{}, nil
 	}
 	if string(kind) != "physical" {
 		return Slot{}, &UnusableError{doing + ": the slot is a " + clean(string(kind)) + " one; a physical one is needed"}
 	}
-	slot := Slot{Exists: true}
+	slot := Slot{Exists: true, Lost: string(walStatus) == "lost"}
 	if restartLSN != nil {
 		lsn, err := wal.ParseLSN(string(restartLSN))
 		if err != nil {
@@ -260,7 +259,12 @@ func makeSlot(doing string, kind, restartLSN []byte) (Slot, error) {
 	return slot, nil
 }
 
-func (c *Conn) selectSlot(ctx context.Context, name string) (Slot, error) {
+// SelectSlot reads a slot from pg_replication_slots, over an ordinary connection
+// to the conninfo's database (or postgres). Where that fails the error is
+// ErrSlotUnreadable.
+func (c *Conn) SelectSlot(ctx context.Context, name string) (Slot, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
 	config := c.config.Copy()
 	delete(config.RuntimeParams, "replication")
 	if config.Database == "" {
@@ -277,7 +281,7 @@ func (c *Conn) selectSlot(ctx context.Context, name string) (Slot, error) {
 		_ = pg.Close(ctx)
 		<-pg.CleanupDone()
 	}()
-	const query = "SELECT slot_type, restart_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1"
+	const query = "SELECT slot_type, restart_lsn::text, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = $1"
 	r := pg.ExecParams(ctx, query, [][]byte{[]byte(name)}, nil, nil, nil).Read()
 	if r.Err != nil {
 		return unreadable(r.Err)
@@ -285,7 +289,8 @@ func (c *Conn) selectSlot(ctx context.Context, name string) (Slot, error) {
 	if len(r.Rows) == 0 {
 		return Slot{}, nil
 	}
-	return makeSlot("reading pg_replication_slots", r.Rows[0][0], r.Rows[0][1])
+	row := r.Rows[0]
+	return makeSlot("reading pg_replication_slots", row[0], row[1], row[2])
 }
 
 // CreateSlot creates a physical slot that retains WAL from now on. A slot that
@@ -297,6 +302,14 @@ func (c *Conn) CreateSlot(ctx context.Context, name string) error {
 		Mode: pglogrepl.PhysicalReplication, SnapshotAction: "RESERVE_WAL",
 	})
 	return wrap("CREATE_REPLICATION_SLOT "+quoteIdentifier(name), err)
+}
+
+// DropSlot drops a slot that nobody uses.
+func (c *Conn) DropSlot(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	return wrap("DROP_REPLICATION_SLOT "+quoteIdentifier(name),
+		pglogrepl.DropReplicationSlot(ctx, c.pg, quoteIdentifier(name), pglogrepl.DropReplicationSlotOptions{}))
 }
 
 func quoteIdentifier(name string) string {
