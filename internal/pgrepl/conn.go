@@ -290,6 +290,9 @@ func (c *Conn) SelectSlot(ctx context.Context, name string) (Slot, error) {
 		return Slot{}, nil
 	}
 	row := r.Rows[0]
+	if len(row) != 3 {
+		return Slot{}, protocolErrorf("reading pg_replication_slots: a row of %d columns, not 3", len(row))
+	}
 	return makeSlot("reading pg_replication_slots", row[0], row[1], row[2])
 }
 

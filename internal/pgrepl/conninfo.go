@@ -186,6 +186,9 @@ func parse(s string) (*pgconn.Config, error) {
 		reason = "not a list of keyword=value (quote a value with spaces in single quotes)"
 	case strings.HasPrefix(reason, "failed to parse as URL"):
 		reason = "not a valid URI (percent-encode special characters in user and password)"
+	case strings.Contains(reason, "="):
+		// A value is quoted that has the next keyword in it, for want of a space.
+		reason = reason[:strings.IndexAny(reason, ":(=")] + ": is a space missing between two settings?"
 	}
 	return nil, fmt.Errorf("conninfo does not parse: %s", clean(reason))
 }
@@ -236,6 +239,11 @@ func takeExtra(config *pgconn.Config) (map[string]string, error) {
 			}
 		}
 		delete(config.RuntimeParams, keyword)
+	}
+	for keyword, value := range extra {
+		if strings.Contains(value, "=") { // not shown: it may be a password
+			return nil, fmt.Errorf("conninfo: the value of %s has a = in it: is a space missing between two settings?", keyword)
+		}
 	}
 	for _, keyword := range []string{"requirepeer", "sslcrldir"} {
 		if extra[keyword] != "" {
@@ -419,9 +427,13 @@ func splitHostPort(name string) (host, port string, err error) {
 func override(s string, settings [][2]string) string {
 	var b strings.Builder
 	b.WriteString(s)
-	isURI := strings.HasPrefix(s, "postgres://") || strings.HasPrefix(s, "postgresql://")
+	_, rest, isURI := strings.Cut(s, "://")
+	isURI = isURI && (strings.HasPrefix(s, "postgres://") || strings.HasPrefix(s, "postgresql://"))
+	if i := strings.IndexAny(rest, "@/"); i >= 0 && rest[i] == '@' {
+		rest = rest[i+1:] // a password may have a question mark
+	}
 	separator := "?"
-	if strings.Contains(s, "?") {
+	if strings.Contains(rest, "?") {
 		separator = "&"
 	}
 	for _, kv := range settings {
