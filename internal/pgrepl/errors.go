@@ -87,11 +87,12 @@ func clean(s string) string {
 	if len(s) > limit {
 		s = s[:limit] + "…"
 	}
+	s = strings.ToValidUTF8(s, "\uFFFD")
 	if !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return s
 	}
 	var b strings.Builder
-	for _, r := range strings.ToValidUTF8(s, "\uFFFD") {
+	for _, r := range s {
 		if unicode.IsPrint(r) {
 			b.WriteRune(r)
 			continue
