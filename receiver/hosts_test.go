@@ -1,0 +1,155 @@
+package receiver
+
+import (
+	"context"
+	"net"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/walfleet/walfleet/internal/pgtest"
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+// hosts makes the receiver meet these servers under their names; others are down.
+func (g *rig) hosts(servers map[string]*pgtest.Server) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+		host, _, _ := net.SplitHostPort(address)
+		if host == "hangs" {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		if servers[host] == nil {
+			return nil, syscall.ECONNREFUSED
+		}
+		return servers[host].Dial(ctx, network, address)
+	}
+}
+
+func (g *rig) wantHost(name string) {
+	g.Helper()
+	if h := g.r.Status().Host; h != name {
+		g.Errorf("host %s, want %s", h, name)
+	}
+}
+
+func TestPrimaryIsFoundAmongSeveralHosts(t *testing.T) {
+	bubble(t, func(g *rig) {
+		standby := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Standby: true})
+		standby.Publish(g.wal)
+		other := pgtest.NewServer(g, pgtest.State{SystemID: 4711})
+		g.cfg.Conninfo = "host=down,standby,other,primary port=5432,5433,5434,5435 user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"standby": standby, "primary": g.srv})
+		g.start()
+		g.append(1, 100)
+		g.wantArchived()
+		g.hosts(map[string]*pgtest.Server{"standby": standby, "other": other, "primary": g.srv})
+		g.restart() // the directory belongs to a cluster now
+		g.wantArchived()
+		g.wantHost("primary:5435")
+		g.stop()
+		g.hosts(map[string]*pgtest.Server{"standby": standby, "other": other})
+		g.start()
+		g.want(Backoff, "connection refused", "standby:5433: the server is a standby", "system identifier 7000000000000000042, the server has 4711")
+		other.Do(func(s *pgtest.State) {
+			if len(s.Slots) > 0 {
+				t.Error("a slot was created on another cluster")
+			}
+		})
+	})
+}
+
+func TestHostThatHangsDoesNotHoldUpTheOthers(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=hangs,primary user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"primary": g.srv})
+		g.start()
+		g.sleep(hostGrace)
+		g.wantArchived()
+	})
+}
+
+// newPrimary is a second server, promoted at the end of g's WAL as it is now.
+func (g *rig) newPrimary(tli wal.Timeline, at wal.LSN) *pgtest.Server {
+	w := g.wal.Fork(at, tli)
+	w.Append([]byte("of the new primary"))
+	w.Append(make([]byte, 3000))
+	s := pgtest.NewServer(g, pgtest.State{SystemID: systemID})
+	s.Publish(g.wal)
+	s.Do(func(s *pgtest.State) { s.Promote(w, at) })
+	g.know(tli, w)
+	return s
+}
+
+func TestOldPrimaryIsPassedOver(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=old,new user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"old": g.srv})
+		g.start()
+		g.wantArchived()
+		g.stop()
+		fork := g.wal.End()
+		fresh := g.newPrimary(2, fork)
+		g.append(5, 1000) // the old one goes on by itself
+		g.hosts(map[string]*pgtest.Server{"old": g.srv, "new": fresh})
+		g.start()
+		g.want(Streaming)
+		g.wantHost("new:5432")
+		if tli := g.r.Status().Timeline; tli != 2 {
+			t.Errorf("timeline %d", tli)
+		}
+	})
+}
+
+func TestNewTimelineThatDoesNotContainTheArchiveIsPassedOver(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=stray,ours user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"ours": g.srv})
+		fork := g.wal.End()
+		stray := g.newPrimary(3, fork) // of timeline 1
+		g.promote(2, fork, 3)
+		g.start()
+		g.wantArchived()
+		g.hosts(map[string]*pgtest.Server{"stray": stray, "ours": g.srv})
+		g.restart()
+		g.wantArchived()
+		g.sleep(3 * hostInterval)
+		g.wantArchived()
+		g.wantHost("ours:5432")
+		if n := g.r.Status().Reconnects; n != 0 {
+			t.Errorf("%d reconnects", n)
+		}
+	})
+}
+
+func TestOldPrimaryIsLeftWhenANewOneAppears(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=old,new user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"old": g.srv})
+		g.start()
+		g.append(1, 1000)
+		g.wantArchived()
+		fork := g.wal.End()
+		fresh := g.newPrimary(2, fork)
+		g.append(5, 1000) // on the old one, which nobody has fenced
+		g.wantArchived()
+		g.mu.Lock()
+		g.goesBack = true // what the old one still wrote is worth nothing
+		g.mu.Unlock()
+		old := g.stream()
+		g.hosts(map[string]*pgtest.Server{"old": g.srv, "new": fresh})
+		g.sleep(hostInterval + 5*time.Second)
+		g.want(Streaming)
+		g.wantHost("new:5432")
+		if !old.Ended().Gone {
+			t.Error("the old primary still has a stream")
+		}
+		fresh.Do(func(s *pgtest.State) {
+			if s.Last.Flush != s.WALEnd {
+				t.Errorf("the new primary was told %s, its WAL ends at %s", s.Last.Flush, s.WALEnd)
+			}
+		})
+	})
+}
