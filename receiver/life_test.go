@@ -408,6 +408,47 @@ func TestStopIsCleanAndBounded(t *testing.T) {
 			})
 			g.start()
 		}, true, stopTimeout + time.Second},
+		"server that no longer reads": {func(g *rig) {
+			deaf := make(chan struct{})
+			g.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+				server, err := g.srv.Dial(ctx, network, address)
+				if err != nil {
+					return nil, err
+				}
+				client, proxy := net.Pipe()
+				go func() {
+					defer proxy.Close()
+					_, _ = io.Copy(proxy, server)
+				}()
+				go func() {
+					defer server.Close()
+					p := make([]byte, 1000)
+					for {
+						select {
+						case <-deaf:
+							return
+						default:
+						}
+						n, err := proxy.Read(p)
+						select {
+						case <-deaf: // and what was read is lost
+							<-g.Context().Done()
+							return
+						default:
+						}
+						if _, werr := server.Write(p[:n]); err != nil || werr != nil {
+							return
+						}
+					}
+				}()
+				return client, nil
+			}
+			g.start()
+			g.wantArchived()
+			close(deaf)
+			g.append(3, 1000)
+			g.sleep(time.Second)
+		}, false, stopTimeout + time.Second},
 		"dialling": {func(g *rig) {
 			g.dial = func(ctx context.Context, _, _ string) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
 			g.start()

@@ -83,7 +83,7 @@ func (s *stream) interruptible(ctx context.Context) error {
 	interrupted := make(chan struct{})
 	unwatch := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
-		s.Interrupt()
+		s.Interrupt(stopTimeout)
 	})
 	defer func() {
 		if !unwatch() {

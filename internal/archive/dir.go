@@ -214,7 +214,7 @@ func (d *Dir) Check(id Identity) error {
 		systemID, _ := strconv.ParseUint(d.meta.SystemID, 10, 64)
 		return compareIdentity(d.path, Identity{systemID, wal.SegmentSize(d.meta.SegmentSize)}, id)
 	}
-	c, err := d.scan(id.SegmentSize)
+	c, err := d.scan(smallestSegment) // whose names are all others' too
 	if err != nil {
 		return err
 	}
@@ -232,6 +232,8 @@ func (d *Dir) Check(id Identity) error {
 	}
 	return nil
 }
+
+const smallestSegment = wal.SegmentSize(1 << 20)
 
 func compareIdentity(what string, have, server Identity) error {
 	if have.SystemID != server.SystemID {

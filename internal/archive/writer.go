@@ -322,9 +322,10 @@ func (w *Writer) Rewind() wal.LSN {
 	return w.pos
 }
 
-// SealDue reports whether a segment waits to be sealed by Flush.
+// SealDue reports whether a segment waits to be sealed by Flush. None is while
+// some of its bytes are unproven.
 func (w *Writer) SealDue() bool {
-	return len(w.open) > 0 && w.open[0].End() <= w.walker.Boundary()
+	return w.unproven == 0 && len(w.open) > 0 && w.open[0].End() <= w.walker.Boundary()
 }
 
 // Write stores WAL that begins at lsn, which must be Pos. The bytes below

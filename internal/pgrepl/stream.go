@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -53,6 +54,7 @@ type Stream struct {
 	queued   int             // result of the last peek
 	peek     func(fd uintptr)
 	deadline time.Time
+	grace    atomic.Int64 // longest time for a SendStatus after an Interrupt, in ns; 0: none came
 	out      [39]byte
 }
 
@@ -239,9 +241,13 @@ func (s *Stream) Drained() bool {
 	return s.queued == 0
 }
 
-// Interrupt makes the Receive under way return os.ErrDeadlineExceeded, and all
-// later ones until the deadline is changed. It may be called from any goroutine.
-func (s *Stream) Interrupt() { _ = s.net.SetReadDeadline(time.Unix(1, 0)) }
+// Interrupt makes the Receive or SendStatus under way fail with
+// os.ErrDeadlineExceeded, and every later Receive until the deadline is changed.
+// A later SendStatus takes at most grace. It may be called from any goroutine.
+func (s *Stream) Interrupt(grace time.Duration) {
+	s.grace.Store(int64(grace))
+	_ = s.net.SetDeadline(time.Unix(1, 0))
+}
 
 // postgresEpoch is 2000-01-01 in microseconds of Unix time.
 const postgresEpoch = 946684800 * 1000000
@@ -263,7 +269,13 @@ func (s *Stream) SendStatus(st Status) error {
 	if st.ReplyRequested {
 		b[38] = 1
 	}
-	if err := s.net.SetWriteDeadline(now.Add(s.conn.timeout)); err != nil {
+	// The deadline is set before grace is looked at; an Interrupt after that ends
+	// the write.
+	err := s.net.SetWriteDeadline(now.Add(s.conn.timeout))
+	if grace := s.grace.Load(); grace != 0 && err == nil {
+		err = s.net.SetWriteDeadline(now.Add(time.Duration(grace)))
+	}
+	if err != nil {
 		return wrap("sending a standby status update", err)
 	}
 	return wrap("sending a standby status update", s.conn.pg.Frontend().SendUnbufferedEncodedCopyData(b))

@@ -210,7 +210,7 @@ func TestReceiveDeadlineLeavesTheStreamUsable(t *testing.T) {
 			t.Errorf("%+v, %v after %d attempts", m, err, n)
 		}
 
-		st.Interrupt()
+		st.Interrupt(time.Second)
 		if _, err := st.Receive(); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("interrupted: %v", err)
 		}

@@ -1,0 +1,359 @@
+package fleet
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/pgtest"
+	"github.com/walfleet/walfleet/receiver"
+)
+
+// cluster is a scripted server behind a unix socket, and how to archive it.
+type cluster struct {
+	*pgtest.Server
+	cfg receiver.Config
+}
+
+func newCluster(t *testing.T, name string) *cluster {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "walfleet") // a socket's path must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	c := &cluster{pgtest.NewServer(t, pgtest.State{}), defaultCluster()}
+	w := pgtest.NewWAL(pgtest.WALConfig{SystemID: 42})
+	w.Append(make([]byte, 1000))
+	c.Publish(w)
+	ln, err := net.Listen("unix", filepath.Join(dir, ".s.PGSQL.5432"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			client, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			server, err := c.Dial(t.Context(), "", "")
+			if err != nil {
+				client.Close()
+				continue
+			}
+			for _, ends := range [][2]net.Conn{{client, server}, {server, client}} {
+				go func() {
+					_, _ = io.Copy(ends[0], ends[1])
+					ends[0].Close()
+				}()
+			}
+		}
+	}()
+	c.cfg.Name, c.cfg.Dir, c.cfg.Conninfo = name, filepath.Join(t.TempDir(), name), "user=archiver host="+dir
+	return c
+}
+
+// running is a fleet that runs until the test ends.
+type running struct {
+	*Fleet
+	t      *testing.T
+	cancel context.CancelFunc
+	ended  chan error
+	log    *log
+}
+
+type log struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *log) has(words string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Contains(l.b.String(), words)
+}
+
+func config(timeout time.Duration, clusters ...receiver.Config) *Config {
+	return &Config{ShutdownTimeout: timeout, Clusters: clusters}
+}
+
+func run(t *testing.T, cfg *Config) *running {
+	l := &log{}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &running{New(cfg, slog.New(slog.NewTextHandler(l, nil))), t, cancel, make(chan error, 1), l}
+	go func() { r.ended <- r.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if !t.Failed() {
+			return
+		}
+		t.Logf("log:\n%s", &l.b)
+	})
+	return r
+}
+
+// wait waits for a state of each cluster, in their order.
+func (r *running) wait(want ...string) {
+	r.t.Helper()
+	var got []string
+	for begun := time.Now(); time.Since(begun) < 20*time.Second; time.Sleep(5 * time.Millisecond) {
+		got = nil
+		for _, s := range r.Status() {
+			got = append(got, fmt.Sprintf("%s %s", s.Name, s.State))
+		}
+		if strings.Join(got, ", ") == strings.Join(want, ", ") {
+			return
+		}
+	}
+	r.t.Fatalf("clusters are %q, want %q", got, want)
+}
+
+func (r *running) receiver(name string) *receiver.Receiver {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.members[name].receiver
+}
+
+func (r *running) stop() error {
+	r.cancel()
+	return <-r.ended
+}
+
+func TestReloadDoesNotTouchAnEqualCluster(t *testing.T) {
+	a, b := newCluster(t, "a"), newCluster(t, "b")
+	r := run(t, config(10*time.Second, a.cfg, b.cfg))
+	r.wait("a streaming", "b streaming")
+	kept, replaced, first := r.receiver("a"), r.receiver("b"), b.Streams()[0]
+
+	for i := range 3 {
+		b.cfg.StatusInterval += time.Second
+		plan, err := r.Reload(t.Context(), config(10*time.Second, b.cfg, a.cfg))
+		if err != nil || plan.String() != "restarted b; kept 1" {
+			t.Fatalf("%s, %v", plan, err)
+		}
+		r.wait("b streaming", "a streaming") // in the new file's order
+		if n := len(b.Streams()); n != i+2 {
+			t.Errorf("b had %d streams", n)
+		}
+	}
+	if r.receiver("a") != kept || len(a.Streams()) != 1 || a.Streams()[0].Ended().Gone {
+		t.Error("the cluster that did not change was touched")
+	}
+	if r.receiver("b") == replaced || !first.Ended().CopyDone {
+		t.Error("the cluster that changed was not stopped in good order")
+	}
+	if r.log.has("locked by another") || r.log.has("is active for PID") {
+		t.Error("the replacement was started before the old one had stopped")
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestReloadStartsAndStops(t *testing.T) {
+	a, b, c := newCluster(t, "a"), newCluster(t, "b"), newCluster(t, "c")
+	r := run(t, config(10*time.Second, a.cfg, b.cfg))
+	r.wait("a streaming", "b streaming")
+	plan, err := r.Reload(t.Context(), config(10*time.Second, c.cfg, b.cfg))
+	if err != nil || plan.String() != "started c; stopped a; kept 1" {
+		t.Fatalf("%s, %v", plan, err)
+	}
+	r.wait("c streaming", "b streaming")
+	if !a.Streams()[0].Ended().CopyDone || !r.log.has(`msg="cluster removed: its files stay`) {
+		t.Error("the removed cluster was not stopped in good order, or without a warning")
+	}
+	a.Do(func(s *pgtest.State) {
+		if s.Slots["walfleet"] == nil {
+			t.Error("the removed cluster's slot was dropped")
+		}
+	})
+	if _, err := os.Stat(filepath.Join(a.cfg.Dir, "archive.json")); err != nil {
+		t.Error(err)
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A cluster that needs a person, and one that is down, are no concern of the others.
+func TestClustersAreIsolated(t *testing.T) {
+	a, halted, down := newCluster(t, "a"), newCluster(t, "halted"), newCluster(t, "down")
+	halted.cfg.Conninfo = "host=x keepalives=what"
+	down.cfg.Conninfo = "user=archiver host=" + t.TempDir()
+	r := run(t, config(10*time.Second, halted.cfg, a.cfg, down.cfg))
+	r.wait("halted halted", "a streaming", "down backoff")
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// stuck makes a cluster that no context stops: it reads its password from a pipe that nobody writes to.
+func stuck(t *testing.T, name string) (c *cluster, release func()) {
+	t.Helper()
+	c = newCluster(t, name)
+	c.cfg.PasswordFile = filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(c.cfg.PasswordFile, 0o600); err != nil {
+		t.Skip(err)
+	}
+	release = func() {
+		if f, err := os.OpenFile(c.cfg.PasswordFile, os.O_WRONLY|syscall.O_NONBLOCK, 0); err == nil {
+			f.Close()
+		}
+		os.Remove(c.cfg.PasswordFile)
+		if err := os.WriteFile(c.cfg.PasswordFile, nil, 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Cleanup(release)
+	return c, release
+}
+
+// waitStuck waits until a cluster has opened its archive, which is just before it asks for its password.
+func (c *cluster) waitStuck(t *testing.T) {
+	t.Helper()
+	for range 2000 {
+		if _, err := os.Stat(filepath.Join(c.cfg.Dir, ".lock")); err == nil {
+			time.Sleep(100 * time.Millisecond)
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("%s was never started", c.cfg.Name)
+}
+
+func TestReloadReportsAClusterThatDoesNotStop(t *testing.T) {
+	const short = 200 * time.Millisecond
+	c, release := stuck(t, "c")
+	a := newCluster(t, "a")
+	r := run(t, config(10*time.Second, c.cfg, a.cfg))
+	r.wait("c connecting", "a streaming")
+	c.waitStuck(t)
+	old := r.receiver("c")
+
+	changed := c.cfg
+	changed.StatusInterval += time.Second
+	for range 2 {
+		plan, err := r.Reload(t.Context(), config(short, changed, a.cfg))
+		if err == nil || !strings.Contains(err.Error(), ": c;") || plan.String() != "restarted c; kept 1" {
+			t.Errorf("%s, %v", plan, err)
+		}
+		if r.receiver("c") != old {
+			t.Error("another receiver was started on top of it")
+		}
+	}
+	// It was told to stop: nothing is as it was, even when the file is.
+	release()
+	plan, err := r.Reload(t.Context(), config(10*time.Second, c.cfg, a.cfg))
+	if err != nil || plan.String() != "restarted c; kept 1" || r.receiver("c") == old {
+		t.Errorf("%s, %v", plan, err)
+	}
+	r.wait("c streaming", "a streaming")
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRunReturnsAfterAllHaveEnded(t *testing.T) {
+	a, b := newCluster(t, "a"), newCluster(t, "b")
+	r := run(t, config(10*time.Second, a.cfg, b.cfg))
+	r.wait("a streaming", "b streaming")
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+	r.wait("a stopped", "b stopped")
+	for _, c := range []*cluster{a, b} {
+		d, err := archive.Open(c.cfg.Dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+		if !c.Streams()[0].Ended().CopyDone {
+			t.Error("no good-bye")
+		}
+	}
+}
+
+func TestRunNamesThoseThatDoNotEnd(t *testing.T) {
+	a, _ := stuck(t, "a")
+	c, _ := stuck(t, "c")
+	b := newCluster(t, "b")
+	r := run(t, config(200*time.Millisecond, c.cfg, b.cfg, a.cfg))
+	r.wait("c connecting", "b streaming", "a connecting")
+	a.waitStuck(t)
+	c.waitStuck(t)
+	begun := time.Now()
+	err := r.stop()
+	if err == nil || !strings.Contains(err.Error(), ": a, c;") {
+		t.Errorf("%v", err)
+	}
+	if took := time.Since(begun); took < 200*time.Millisecond || took > 5*time.Second {
+		t.Errorf("took %s", took)
+	}
+	r.wait("c connecting", "b stopped", "a connecting")
+}
+
+func TestReloadOfAFleetThatDoesNotRunIsRefused(t *testing.T) {
+	a := newCluster(t, "a")
+	f := New(config(time.Second, a.cfg), slog.New(slog.DiscardHandler))
+	if _, err := f.Reload(t.Context(), config(time.Second)); err == nil {
+		t.Error("before Run: no error")
+	}
+	r := run(t, config(10*time.Second, a.cfg))
+	r.wait("a streaming")
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+	b := newCluster(t, "b")
+	if _, err := r.Reload(t.Context(), config(time.Second, a.cfg, b.cfg)); err == nil {
+		t.Error("after Run: no error")
+	}
+	if s := r.Status(); len(s) != 1 || s[0].State != receiver.Stopped {
+		t.Errorf("%+v", s)
+	}
+	if len(b.Streams()) != 0 {
+		t.Error("a receiver was started after the end")
+	}
+}
+
+// Reloads and a shutdown at the same time neither deadlock nor leave a receiver behind.
+func TestReloadsDuringShutdown(t *testing.T) {
+	a, b := newCluster(t, "a"), newCluster(t, "b")
+	r := run(t, config(10*time.Second, a.cfg))
+	r.wait("a streaming")
+	var wg sync.WaitGroup
+	for i := range 6 {
+		wg.Go(func() {
+			changed := a.cfg
+			changed.StatusInterval += time.Duration(i) * time.Second
+			_, _ = r.Reload(t.Context(), config(10*time.Second, changed, b.cfg))
+		})
+	}
+	time.Sleep(20 * time.Millisecond)
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+	wg.Wait()
+	for _, s := range r.Status() {
+		if s.State != receiver.Stopped && s.State != receiver.Connecting {
+			t.Errorf("%s is %s", s.Name, s.State)
+		}
+	}
+}
