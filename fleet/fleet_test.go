@@ -278,7 +278,11 @@ func TestRunReturnsAfterAllHaveEnded(t *testing.T) {
 	if err := r.stop(); err != nil {
 		t.Error(err)
 	}
-	r.wait("a stopped", "b stopped")
+	for _, s := range r.Status() {
+		if s.State != receiver.Stopped {
+			t.Errorf("%s is %s", s.Name, s.State)
+		}
+	}
 	for _, c := range []*cluster{a, b} {
 		d, err := archive.Open(c.cfg.Dir)
 		if err != nil {

@@ -114,6 +114,11 @@ func (s *session) askHosts(ctx context.Context, conninfo *pgrepl.Conninfo) (answ
 
 // ask connects to a host and hears who it is. It touches nothing of the session.
 func (s *session) ask(ctx context.Context, conninfo *pgrepl.Conninfo, host int) (c candidate, err error) {
+	defer func() {
+		if p := recover(); p != nil { // in a goroutine of its own: guardedSession cannot do this
+			err = s.panicked(p)
+		}
+	}()
 	conn, err := conninfo.Connect(ctx, host, s.options())
 	if err != nil {
 		return c, err

@@ -67,7 +67,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	retry.MaxInterval = 15 * time.Second
 	var reported trouble
 	for {
-		begun := time.Now()
+		begun, before := time.Now(), r.now.flushed
 		streamed, err := r.guardedSession(ctx)
 		if ctx.Err() != nil {
 			if err != nil && !errors.Is(err, context.Canceled) {
@@ -75,11 +75,11 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 			}
 			return nil
 		}
-		if streamed {
-			reported = trouble{}
-			if time.Since(begun) >= sustained {
-				retry.Reset()
-			}
+		if r.state.Load().State == Streaming || r.now.flushed > before {
+			reported = trouble{} // it was archiving: the next trouble is news
+		}
+		if streamed && time.Since(begun) >= sustained {
+			retry.Reset()
 		}
 		t := classify(err)
 		var gap *gapError
@@ -109,12 +109,18 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 func (r *Receiver) guardedSession(ctx context.Context) (streamed bool, err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			r.log.Error("panic in the receiver; this is a bug in walfleet", "panic", p, "stack", string(debug.Stack()))
+			err = r.panicked(p)
 			r.dropWriter()
-			err = fmt.Errorf("internal error: panic: %v", p)
 		}
 	}()
 	return r.session(ctx)
+}
+
+// panicked logs a panic that was recovered, with its stack, and makes it an
+// error.
+func (r *Receiver) panicked(p any) error {
+	r.log.Error("panic in the receiver; this is a bug in walfleet", "panic", p, "stack", string(debug.Stack()))
+	return fmt.Errorf("internal error: panic: %v", p)
 }
 
 // reportTrouble logs a kind of trouble once; the same again is for debugging.

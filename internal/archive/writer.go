@@ -136,11 +136,13 @@ func (w *Writer) recover(ctx context.Context) error {
 			return err
 		}
 	}
-	w.written = max(w.start, walker.Boundary())
-	if proven := walker.ProvenFrom(); w.start < proven && proven < w.written {
-		w.unproven = proven
-	} else if w.start < proven {
-		w.written = w.start // not one record is proven
+	w.written = walker.Boundary()
+	if a := walker.Abandoned(); a != 0 {
+		w.written = min(w.written, a) // no CRC speaks for a record that was given up
+	}
+	w.written = max(w.start, w.written)
+	if proven := walker.ProvenFrom(); w.start < proven && w.start < w.written {
+		w.unproven = min(proven, w.written)
 	}
 	// Files after the one that is gone on with hold nothing that counts.
 	for len(w.open) > 1 && w.open[len(w.open)-1].Start >= w.written {
@@ -314,7 +316,7 @@ func (w *Writer) Durable() wal.LSN { return w.durable }
 // Rewind makes the writer expect WAL from its resume point on, for a new
 // connection, and returns that point. What is known already is compared.
 func (w *Writer) Rewind() wal.LSN {
-	w.pos = w.resumePoint(w.walker.Boundary())
+	w.pos = max(w.start, w.resumePoint(w.walker.Boundary())) // a record may have begun before start
 	if w.unproven > 0 {
 		w.pos = w.start
 	}
@@ -483,7 +485,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		w.open = w.open[1:]
 		sealed = append(sealed, s.Segment)
 	}
-	w.durable = w.walker.Boundary()
+	w.durable = max(w.start, w.walker.Boundary())
 	return sealed, nil
 }
 

@@ -44,6 +44,7 @@ type Walker struct {
 	prevKnown bool
 	unusedEnd LSN  // end of the segment whose rest is unused
 	guess     bool // the record before Start may have been an XLOG_SWITCH; see endRecord
+	abandoned LSN  // start of the first record that was given up; 0: none was
 }
 
 // phase is what the next byte belongs to, if not to a page's header.
@@ -210,10 +211,20 @@ func (w *Walker) openPage(lsn LSN, h []byte) error {
 // XLOG_OVERWRITE_CONTRECORD record, whose xl_prev is the last complete one. As in PostgreSQL, the page may
 // also say so when there is none.
 func (w *Walker) giveUp(lsn LSN) {
-	if w.phase == inTail {
+	started := w.phase == inData || w.have > 0
+	switch {
+	case w.phase == inTail:
 		w.proven, w.guess = lsn, false
+	case started && w.abandoned == 0:
+		w.abandoned = w.start
 	}
 	w.phase, w.have, w.left = inHeader, 0, 0
+}
+
+// Abandoned is the start of the first record that was seen to begin and then given up by the server, 0 if
+// there was none. No CRC vouches for its bytes, which stay in the WAL.
+func (w *Walker) Abandoned() LSN {
+	return w.abandoned
 }
 
 // followPage takes p, all of which lies on one page after its header.
