@@ -153,3 +153,17 @@ func TestOldPrimaryIsLeftWhenANewOneAppears(t *testing.T) {
 		})
 	})
 }
+
+// A panic in the goroutine that asks a host is that cluster's trouble, not the daemon's end.
+func TestPanicWhileAskingAHostIsOneClustersTrouble(t *testing.T) {
+	bubble(t, func(g *rig) {
+		dial := g.dial
+		g.dial = func(context.Context, string, string) (net.Conn, error) { panic("in a host's goroutine") }
+		g.start()
+		g.want(Backoff, "panic")
+		g.stop()
+		g.dial = dial
+		g.start()
+		g.wantArchived()
+	})
+}

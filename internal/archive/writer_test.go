@@ -502,3 +502,55 @@ func BenchmarkWriter(b *testing.B) {
 		}
 	}
 }
+
+// No CRC speaks for the bytes of a record that the server gave up (XLOG_OVERWRITE_CONTRECORD), so a power
+// loss that took some of them shows only when they come again.
+func TestAbandonedRecordComesAgainAfterARestart(t *testing.T) {
+	for _, fill := range []wal.LSN{begin + 300<<10, begin + mb + 5000} {
+		g := walTo(begin + 100<<10)
+		_, page := g.Abort(bytes.Repeat([]byte("torn"), 10000), 4)
+		g.FillTo(fill)
+		path := t.TempDir()
+		d := open(t, path)
+		write(t, openTail(t, d), g, 50000, g.End()) // and a crash before anything is synced
+		partial := filepath.Join(path, name(1, 0)+".partial")
+		f, err := os.OpenFile(partial, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt(make([]byte, 2000), int64(page-begin)-6000); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+
+		w := openTail(t, d)
+		write(t, w, g, 50000, g.End())
+		flush(t, w)
+		wantContent(t, path, g, g.End(), g.End())
+	}
+}
+
+// A record that crosses the end of the last sealed segment has its beginning before all that is still to
+// come: WAL is asked for from the segment's start on, not from the record's.
+func TestWriterDoesNotGoBackIntoASealedSegment(t *testing.T) {
+	g := walTo(begin + mb - 20000)
+	g.Append(make([]byte, 60000))
+	g.FillTo(begin + mb + 200<<10)
+	path := t.TempDir()
+	d := open(t, path)
+	w := openTail(t, d)
+	write(t, w, g, 50000, g.End())
+	flush(t, w)
+	if err := os.Remove(filepath.Join(path, name(1, 1)+".partial")); err != nil {
+		t.Fatal(err)
+	}
+	w = openTail(t, d)
+	if w.Pos() != begin+mb || w.Durable() != begin+mb {
+		t.Errorf("goes on at %s, durable up to %s, want both at the segment's start %s", w.Pos(), w.Durable(), begin+mb)
+	}
+	write(t, w, g, 50000, g.End())
+	flush(t, w)
+	wantContent(t, path, g, g.End(), g.End())
+}
