@@ -27,7 +27,7 @@ type stream struct {
 	unsynced  int64     // bytes written since the last flush
 	oldest    time.Time // when the first of them came
 	lastSent  time.Time // when the last status update went out
-	reported  wal.LSN   // the flush position in it
+	reported  wal.LSN   // the highest flush position so far
 	lastHeard time.Time
 	asked     bool      // the server was asked for a reply, and has not been heard since
 	replying  bool      // to a keepalive that asked for it; all that was received is synced
@@ -257,7 +257,7 @@ func (s *stream) sendStatus(ask bool) error {
 	if err := s.SendStatus(status); err != nil {
 		return err
 	}
-	s.lastSent, s.reported = time.Now(), status.Flush
+	s.lastSent, s.reported = time.Now(), max(s.reported, status.Flush)
 	return nil
 }
 

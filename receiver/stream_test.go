@@ -280,6 +280,34 @@ func TestServerThatShutsDownIsGivenEverything(t *testing.T) {
 	}
 }
 
+// A standby's WAL can end inside a record. When it shuts down it waits until all that it sent is acknowledged,
+// and goes by the write position where there is no flush position (WalSndDone in walsender.c).
+func TestStandbyThatShutsDownInsideARecordIsLetGo(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.srv.Do(func(s *pgtest.State) { s.Standby = true })
+		g.cfg.Source = SourceAny
+		g.start()
+		g.append(3, 100)
+		complete := g.wal.End()
+		_, end := g.wal.Append(make([]byte, 5000))
+		cut := (complete + end) / 2
+		g.publishTo(1, cut)
+		synctest.Wait()
+		if u := g.last(); u.write != cut || u.flush != complete {
+			t.Fatalf("%+v, want write %s and flush %s", u, cut, complete)
+		}
+		g.updates()
+		if err := g.stream().Keepalive(cut, true); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		sent := g.updates()
+		if len(sent) != 1 || sent[0].write != cut || sent[0].flush != 0 {
+			t.Errorf("answered with %+v, want write %s without a flush position, and nothing after it", sent, cut)
+		}
+	})
+}
+
 func TestCatchingUpTurnsIntoStreaming(t *testing.T) {
 	bubble(t, func(g *rig) {
 		g.appendTo(origin + 100<<10)
