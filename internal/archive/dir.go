@@ -155,7 +155,11 @@ func (d *Dir) mend() error {
 	for _, name := range names {
 		remove := isTemporary(name)
 		if base, ok := strings.CutSuffix(name, partialSuffix); ok {
-			remove = d.disk.Same(name, base)
+			if remove = d.disk.Same(name, base); remove {
+				if err := d.disk.Sync(); err != nil { // the other name may not be durable yet
+					return err
+				}
+			}
 		}
 		if remove {
 			if err := d.disk.Remove(name); err != nil {
@@ -300,16 +304,17 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 			Timeline: uint32(origin.Timeline), LSN: origin.LSN.String(), Source: origin.Source, Time: origin.Time.UTC(),
 		},
 	}
-	return d.writeMeta(m, d.disk.Rename)
+	return d.writeMeta(m)
 }
 
-// writeMeta makes m the content of archive.json.
-func (d *Dir) writeMeta(m *meta, publishing func(from, to string) error) error {
+// writeMeta makes m the content of archive.json. What is there was read, or
+// written in vain by an earlier attempt.
+func (d *Dir) writeMeta(m *meta) error {
 	data, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := storeFile(d.disk, metaName, append(data, '\n'), d.fileMode(), publishing); err != nil {
+	if err := storeFile(d.disk, metaName, append(data, '\n'), d.fileMode(), d.disk.Replace); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
 	}
 	d.meta = m
@@ -323,7 +328,7 @@ func (d *Dir) RecordGap(g Gap) error {
 	m.Gaps = append(slices.Clone(m.Gaps), metaGap{
 		Timeline: uint32(g.Timeline), From: g.From.String(), To: g.To.String(), Time: g.Time.UTC(), Reason: g.Reason,
 	})
-	return d.writeMeta(&m, d.disk.Replace)
+	return d.writeMeta(&m)
 }
 
 // Gaps lists the gaps that were recorded, in the order in which that was done.

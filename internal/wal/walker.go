@@ -262,6 +262,9 @@ func (w *Walker) followWhole(p []byte) []byte {
 		if w.c.CheckCRC && crc32.Update(crc32.Checksum(p[recordHeader:size], crc32c), crc32c, h[:recordCRC]) != u32(h[recordCRC:]) {
 			break
 		}
+		if w.c.CheckCRC && !isPadding(p[size:n]) {
+			break
+		}
 		p = p[n:]
 		prev, pos = pos, pos+LSN(n)
 	}
@@ -323,7 +326,11 @@ func (w *Walker) followData(p []byte) ([]byte, error) {
 	}
 	w.left -= uint32(n)
 	if w.left == 0 {
-		n += min(len(p)-n, int(-(w.pos+LSN(n))%recordAlign))
+		end := n + min(len(p)-n, int(-(w.pos+LSN(n))%recordAlign))
+		if w.phase == inData && w.c.CheckCRC && !isPadding(p[n:end]) {
+			return nil, w.badRecord("padding is not zero")
+		}
+		n = end
 	}
 	p = p[n:]
 	w.pos += LSN(n)
@@ -331,6 +338,17 @@ func (w *Walker) followData(p []byte) ([]byte, error) {
 		return p, nil
 	}
 	return p, w.endRecord()
+}
+
+// isPadding tells whether bytes after a record are as servers leave them. The CRC does not cover them, so that
+// they would not show in a file that some of its writes are missing from.
+func isPadding(p []byte) bool {
+	for _, b := range p {
+		if b != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // endRecord accounts for the record that ends at pos, padding included.
