@@ -23,6 +23,7 @@ import (
 // Config is one configuration file, validated and with its defaults filled in.
 type Config struct {
 	ArchiveDir      string        // absolute; each cluster's directory is ArchiveDir/NAME
+	RuntimeDir      string        // absolute; where the control socket is
 	ShutdownTimeout time.Duration // longest time that all clusters together take to stop
 	Log             LogConfig
 	Clusters        []receiver.Config // at least one, in the file's order
@@ -48,6 +49,7 @@ func defaultCluster() receiver.Config {
 		Synchronous:    true,
 		Source:         receiver.SourcePrimary,
 		OnGap:          receiver.GapHalt,
+		MinFree:        100 << 20,
 		StatusInterval: 10 * time.Second,
 		ReceiveTimeout: 60 * time.Second,
 		FlushInterval:  10 * time.Second,
@@ -128,6 +130,7 @@ type setting[T any] struct {
 
 var topSettings = []setting[Config]{
 	{"archive_dir", text(func(c *Config) *string { return &c.ArchiveDir }, checkNotEmpty)},
+	{"runtime_dir", text(func(c *Config) *string { return &c.RuntimeDir }, checkAbsolute)},
 	{"shutdown_timeout", duration(func(c *Config) *time.Duration { return &c.ShutdownTimeout }, time.Second, time.Hour, false)},
 }
 
@@ -146,6 +149,7 @@ var defaultSettings = []setting[receiver.Config]{
 	{"flush_interval", duration(func(c *receiver.Config) *time.Duration { return &c.FlushInterval }, 10*time.Millisecond, day, false)},
 	{"source", oneOf(func(c *receiver.Config) *string { return &c.Source }, receiver.SourcePrimary, receiver.SourceAny)},
 	{"on_gap", oneOf(func(c *receiver.Config) *string { return &c.OnGap }, receiver.GapHalt, receiver.GapRecord)},
+	{"min_free", size(func(c *receiver.Config) *int64 { return &c.MinFree }, 1<<50)},
 	{"application_name", text(func(c *receiver.Config) *string { return &c.ApplicationName }, checkApplicationName)},
 	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
 }
@@ -243,6 +247,30 @@ func duration[T any](field func(*T) *time.Duration, least, most time.Duration, o
 	}
 }
 
+// size is a string such as "100MB", in PostgreSQL's units (of 1024), up to most
+// bytes inclusive; "0" is none.
+func size[T any](field func(*T) *int64, most int64) func(*T, any) error {
+	return func(dst *T, value any) error {
+		s, ok := value.(string)
+		if !ok {
+			return wrongType(`a number and a unit in quotes, such as "100MB"`, value)
+		}
+		digits := strings.TrimRight(s, "kMGTB")
+		unit, ok := map[string]int64{"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}[s[len(digits):]]
+		n, err := strconv.ParseInt(digits, 10, 64)
+		switch {
+		case s == "0":
+			unit = 1
+		case !ok || err != nil || n < 0:
+			return fmt.Errorf(`%s is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`, show(s))
+		case n > most/unit:
+			return fmt.Errorf("%s is out of range", show(s))
+		}
+		*field(dst) = n * unit
+		return nil
+	}
+}
+
 // shortDuration is d without zero minutes and seconds: "24h", not "24h0m0s".
 func shortDuration(d time.Duration) string {
 	s := d.String()
@@ -297,6 +325,14 @@ func checkSlot(s string) error {
 func checkApplicationName(s string) error {
 	if len(s) > 63 || !only(s, func(c byte) bool { return ' ' <= c && c <= '~' }) {
 		return fmt.Errorf("%s is not kept by PostgreSQL as it is; use at most 63 printable ASCII characters", show(s))
+	}
+	return nil
+}
+
+// checkAbsolute allows nothing (for a default) or an absolute path.
+func checkAbsolute(s string) error {
+	if s != "" && !filepath.IsAbs(s) {
+		return fmt.Errorf("%s is not an absolute path", show(s))
 	}
 	return nil
 }
@@ -400,6 +436,7 @@ func (p *parser) archiveDir(root map[string]any, cfg *Config) {
 		return
 	}
 	cfg.ArchiveDir = filepath.Clean(dir)
+	cfg.RuntimeDir = filepath.Clean(cmp.Or(cfg.RuntimeDir, cfg.ArchiveDir))
 }
 
 // table is the section that stands once in the file, if it is there.

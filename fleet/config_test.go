@@ -55,14 +55,14 @@ name = "B-2.x_"
 conninfo = "postgresql://db2/"
 `)
 	cluster := receiver.Config{
-		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary", OnGap: "halt",
+		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary", OnGap: "halt", MinFree: 100 << 20,
 		StatusInterval: 10 * time.Second, ReceiveTimeout: time.Minute, FlushInterval: 10 * time.Second,
 	}
 	a, b := cluster, cluster
 	a.Name, a.Dir, a.Conninfo = "a", "/archive/a", "host=db1"
 	b.Name, b.Dir, b.Conninfo = "B-2.x_", "/archive/B-2.x_", "postgresql://db2/"
 	want := &Config{
-		ArchiveDir: "/archive", ShutdownTimeout: 30 * time.Second,
+		ArchiveDir: "/archive", RuntimeDir: "/archive", ShutdownTimeout: 30 * time.Second,
 		Log:      LogConfig{Level: "info", Format: "text"},
 		Clusters: []receiver.Config{a, b},
 	}
@@ -77,6 +77,7 @@ func TestParsePrecedence(t *testing.T) {
 	withoutLibpqEnv(t)
 	got := parse(t, `
 archive_dir = "/archive"
+runtime_dir = "/run/walfleet/"
 shutdown_timeout = "1m"
 log = { level = "debug", format = "json" }
 
@@ -90,6 +91,7 @@ receive_timeout = "2h"
 flush_interval = "1s"
 source = "primary"
 on_gap = "halt"
+min_free = "3GB"
 slot = "own"
 application_name = ""
 password_file = ""
@@ -106,6 +108,7 @@ receive_timeout = "1s"
 flush_interval = "10ms"
 source = "any"
 on_gap = "record"
+min_free = "0"
 slot = "common"
 application_name = "archive of db1"
 password_file = "/run/secrets/pw"
@@ -113,7 +116,7 @@ password_file = "/run/secrets/pw"
 	own := receiver.Config{
 		Name: "own", Dir: "/archive/own", Conninfo: "host=db1",
 		CreateSlot: true, Synchronous: true, StatusInterval: time.Second, ReceiveTimeout: 2 * time.Hour,
-		FlushInterval: time.Second, Source: "primary", OnGap: "halt", Slot: "own",
+		FlushInterval: time.Second, Source: "primary", OnGap: "halt", MinFree: 3 << 30, Slot: "own",
 	}
 	def := receiver.Config{
 		Name: "default", Dir: "/archive/default", Conninfo: "host=db1",
@@ -121,7 +124,7 @@ password_file = "/run/secrets/pw"
 		ApplicationName: "archive of db1", PasswordFile: "/run/secrets/pw",
 	}
 	want := &Config{
-		ArchiveDir: "/archive", ShutdownTimeout: time.Minute,
+		ArchiveDir: "/archive", RuntimeDir: "/run/walfleet", ShutdownTimeout: time.Minute,
 		Log:      LogConfig{Level: "debug", Format: "json"},
 		Clusters: []receiver.Config{own, def},
 	}
@@ -185,7 +188,7 @@ func TestParseErrors(t *testing.T) {
 		{"password", cluster(`password = "x"`), `
 :6: cluster "a": unknown key password; did you mean password_file?`},
 		{"nothing like it", cluster(`"k\u0000 k" = 1`), `
-:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, application_name, password_file`},
+:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, min_free, application_name, password_file`},
 		{"cluster key at the top", `slot = "x"` + fine, `
 :1: slot belongs to [defaults] or [[cluster]], not to the top of the file`},
 		{"top key below a header", cluster(`shutdown_timeout = "1s"`), `
@@ -197,7 +200,7 @@ func TestParseErrors(t *testing.T) {
 		{"unknown section array", cluster("[[clusters]]\n"), `
 :6: unknown key clusters; did you mean cluster?`},
 		{"unknown table in a cluster", cluster("[cluster.tls]\nverify = true"), `
-:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, application_name, password_file`},
+:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, min_free, application_name, password_file`},
 		{"unknown key in log", cluster("[log]\nfile = 'x'"), `
 :7: [log]: unknown key file; known in [log]: level, format`},
 
@@ -238,6 +241,17 @@ func TestParseErrors(t *testing.T) {
 :6: cluster "a": status_interval: "1ns" is out of range; allowed is "100ms" to "24h", or "0s" for none
 :7: cluster "a": receive_timeout: "0s" is out of range; allowed is "1s" to "24h"
 :8: cluster "a": flush_interval: "-1s" is out of range; allowed is "10ms" to "24h"`},
+		{"no unit", `runtime_dir = "run"` + cluster("min_free = '10'"), `
+:1: runtime_dir: "run" is not an absolute path
+:6: cluster "a": min_free: "10" is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`},
+		{"no size", cluster("min_free = '1.5GB'"), `
+:6: cluster "a": min_free: "1.5GB" is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`},
+		{"negative size", cluster("min_free = '-1MB'"), `
+:6: cluster "a": min_free: "-1MB" is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`},
+		{"absurd size", cluster("min_free = '9999999999TB'"), `
+:6: cluster "a": min_free: "9999999999TB" is out of range`},
+		{"size as a number", cluster("min_free = 5"), `
+:6: cluster "a": min_free: must be a number and a unit in quotes, such as "100MB", not an integer`},
 		{"absurd durations", `shutdown_timeout = "2h"` + cluster("status_interval = '1000h'\nreceive_timeout = '99999999999h'\nflush_interval = '10'"), `
 :1: shutdown_timeout: "2h" is out of range; allowed is "1s" to "1h"
 :6: cluster "a": status_interval: "1000h" is out of range; allowed is "100ms" to "24h", or "0s" for none
@@ -522,7 +536,7 @@ func TestExampleIsComplete(t *testing.T) {
 	// Without its values for archive_dir and the clusters, the file gives the
 	// defaults; so does it with everything uncommented.
 	want := defaultConfig()
-	want.ArchiveDir = "/var/lib/walfleet"
+	want.ArchiveDir, want.RuntimeDir = "/var/lib/walfleet", "/var/lib/walfleet"
 	for _, file := range []string{string(data), uncommented} {
 		settings, _, ok := strings.Cut(file, "\n[[cluster]]\n")
 		if !ok || !strings.Contains(settings, "[defaults]") {
@@ -549,7 +563,7 @@ func TestEveryFieldHasItsKey(t *testing.T) {
 }
 
 func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
-	values := []any{true, "any", "record", "json", "debug", "/x", "30m"}
+	values := []any{true, "any", "record", "json", "debug", "/x", "30m", "1MB"}
 	set := make(map[string]string) // field to key
 	for _, s := range settings {
 		var dst T

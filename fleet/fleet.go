@@ -221,6 +221,18 @@ func (s *stuckNames) err(timeout time.Duration) error {
 	return fmt.Errorf("not stopped after %s (shutdown_timeout), and left as they were: %s; reload again", timeout, strings.Join(s.names, ", "))
 }
 
+// Decide hands a person's decision to a cluster's receiver; see
+// [receiver.Receiver.Decide]. Any goroutine may call it.
+func (f *Fleet) Decide(ctx context.Context, cluster string, what receiver.Decision) (string, error) {
+	f.mu.Lock()
+	m := f.members[cluster]
+	f.mu.Unlock()
+	if m == nil {
+		return "", fmt.Errorf("there is no cluster %q", cluster)
+	}
+	return m.receiver.Decide(ctx, what)
+}
+
 // Status lists all clusters, in the configuration's order.
 func (f *Fleet) Status() []ClusterStatus {
 	f.mu.Lock()

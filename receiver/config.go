@@ -29,6 +29,7 @@ type Config struct {
 	Synchronous bool   // flush as soon as nothing more waits to be read
 	Source      string // SourcePrimary or SourceAny
 	OnGap       string // GapHalt or GapRecord
+	MinFree     int64  // bytes of the archive's file system that are left free
 
 	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
 	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead

@@ -24,6 +24,7 @@ const (
 // candidate is a connection to one host, and what that host says of itself.
 type candidate struct {
 	conn        *pgrepl.Conn
+	host        int // index in the conninfo's hosts
 	id          pgrepl.Identity
 	history     wal.History // of id.Timeline
 	historyFile []byte      // the same as the server sent it; nil for timeline 1
@@ -56,10 +57,19 @@ func (s *session) connect(ctx context.Context) error {
 	slices.SortStableFunc(fit, func(a, b candidate) int {
 		return cmp.Or(cmp.Compare(b.id.Timeline, a.id.Timeline), compareBool(a.id.InRecovery, b.id.InRecovery))
 	})
-	for _, c := range fit[1:] {
-		c.conn.Close()
+	chosen := 0
+	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.stray[c.conn.Host()] }); i >= 0 {
+		chosen = i
+	} else {
+		clear(s.stray) // all of them: it is not the host
 	}
-	s.candidate, s.conninfo = fit[0], conninfo
+	for i, c := range fit {
+		if i != chosen {
+			c.conn.Close()
+			s.alternative = s.alternative || !s.stray[c.conn.Host()]
+		}
+	}
+	s.candidate, s.conninfo = fit[chosen], conninfo
 	for _, err := range failed {
 		s.log.Debug("host passed over", "error", err)
 	}
@@ -123,7 +133,7 @@ func (s *session) ask(ctx context.Context, conninfo *pgrepl.Conninfo, host int) 
 	if err != nil {
 		return c, err
 	}
-	c = candidate{conn: conn}
+	c = candidate{conn: conn, host: host}
 	defer func() {
 		if err != nil {
 			conn.Close()

@@ -1,7 +1,9 @@
 package receiver
 
 import (
+	"bytes"
 	"context"
+	"maps"
 	"net"
 	"syscall"
 	"testing"
@@ -81,6 +83,55 @@ func (g *rig) newPrimary(tli wal.Timeline, at wal.LSN) *pgtest.Server {
 	s.Do(func(s *pgtest.State) { s.Promote(w, at) })
 	g.know(tli, w)
 	return s
+}
+
+// A PolarDB primary that was replaced on the same timeline, and still runs, is noticed by its WAL alone. It is passed
+// over while the other one can be archived, listed first or not.
+func TestStrayPrimaryOnTheSameTimelineIsPassedOver(t *testing.T) {
+	for _, conninfo := range []string{"host=stray,right", "host=right,stray"} {
+		bubble(t, func(g *rig) {
+			g.cfg.Conninfo = conninfo + " user=archiver sslmode=disable"
+			g.hosts(map[string]*pgtest.Server{"right": g.srv})
+			g.start()
+			g.append(5, 500)
+			g.wantArchived()
+			ends := g.wal.Boundaries()
+			w := newWAL(g.size)
+			for w.End() < ends[3] {
+				w.FillTo(ends[len(w.Boundaries())])
+			}
+			w.Append(bytes.Repeat([]byte("stray"), 20000))
+			stray := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}})
+			stray.Publish(w)
+			g.hosts(map[string]*pgtest.Server{"right": g.srv, "stray": stray})
+			for range 3 {
+				g.srv.Disconnect()
+				g.append(3, 700)
+				g.sleep(5 * time.Second)
+				g.wantArchived()
+				g.wantHost("right:5432")
+			}
+			stray.Do(func(s *pgtest.State) {
+				if at := s.Slots["walfleet"].RestartLSN; at != origin {
+					t.Errorf("the stray host's slot moved to %s", at)
+				}
+			})
+
+			// Alone, it is a person's decision; when the right one is back, none is needed.
+			g.hosts(map[string]*pgtest.Server{"stray": stray})
+			before := g.files()
+			g.srv.Disconnect()
+			g.sleep(5 * time.Minute)
+			g.want(Halted, "differs from the archive")
+			if !maps.Equal(before, g.files()) {
+				t.Error("the archive changed")
+			}
+			g.hosts(map[string]*pgtest.Server{"right": g.srv, "stray": stray})
+			g.append(3, 700)
+			g.sleep(2 * time.Minute)
+			g.wantArchived()
+		})
+	}
 }
 
 func TestOldPrimaryIsPassedOver(t *testing.T) {

@@ -549,6 +549,9 @@ func TestPanicIsAFailureLikeAnyOther(t *testing.T) {
 			g.append(5, 1000)
 			g.sleep(2 * time.Second)
 			g.wantArchived()
+			if n := g.r.Status().Panics; n != 1 {
+				t.Errorf("%d panics counted", n)
+			}
 			if g.logs.count("this is a bug in walfleet") != 1 {
 				t.Errorf("the log does not tell:\n%s", g.logs.last(12))
 			}
@@ -659,6 +662,7 @@ func TestClassify(t *testing.T) {
 		{&os.PathError{Err: syscall.EROFS}, Blocked},
 		{&os.PathError{Err: syscall.EACCES}, Blocked},
 		{&os.PathError{Err: syscall.EIO}, Backoff},
+		{&strayHostError{"db", &archive.DivergenceError{}}, Backoff},
 		{fmt.Errorf("open: %w", archive.ErrLocked), Blocked},
 		{&archive.AbortedRecordError{}, Backoff},
 		{&archive.DivergenceError{}, Halted},
@@ -675,7 +679,7 @@ func TestClassify(t *testing.T) {
 		{hosts(server("55006"), io.EOF), Backoff},
 	} {
 		got := classify(fmt.Errorf("session: %w", tt.err))
-		if got.state != tt.want || (got.pause == 0) != (got.state == Backoff && !errors.As(tt.err, new(*archive.AbortedRecordError))) {
+		if got.state != tt.want || (got.pause == 0) != (got.state == Backoff && !errors.As(tt.err, new(*archive.AbortedRecordError)) && !errors.As(tt.err, new(*strayHostError))) {
 			t.Errorf("%T %v: %+v, want %s", tt.err, tt.err, got, tt.want)
 		}
 	}

@@ -32,6 +32,7 @@ type stream struct {
 	asked     bool      // the server was asked for a reply, and has not been heard since
 	replying  bool      // to a keepalive that asked for it; all that was received is synced
 	silenceAt time.Time // when to look at lastHeard again
+	spaceAt   time.Time // when to look at the free space again
 }
 
 // receive archives what comes, until the server ends the timeline, ctx is done,
@@ -59,7 +60,7 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 	case err == nil: // ctx is done
 		return pgrepl.NextTimeline{}, st.goodbye()
 	}
-	return pgrepl.NextTimeline{}, s.noteGap(err)
+	return pgrepl.NextTimeline{}, s.noteGap(ctx, err)
 }
 
 // setHold decides from where on flush positions are sent.
@@ -105,6 +106,9 @@ func (s *stream) loop(ctx context.Context) error {
 			return err
 		}
 		if err := s.statusIfDue(); err != nil {
+			return err
+		}
+		if err := s.awaitSpace(ctx); err != nil {
 			return err
 		}
 		s.noteCaughtUp()
@@ -162,6 +166,10 @@ func (s *stream) handle(msg pgrepl.Message) error {
 			s.dropWriter()
 		}
 		return err
+	}
+	if a := s.writer.TakeAborted(); a != nil {
+		s.log.Warn("the server replaced the archive's last incomplete record; what the archive had of it is kept aside",
+			"timeline", a.Timeline, "lsn", a.LSN, "end", a.End, "file", a.File)
 	}
 	if n := int64(s.writer.Written() - before); n > 0 {
 		if s.unsynced == 0 {

@@ -37,9 +37,12 @@ type Receiver struct {
 	cfg  Config
 	log  *slog.Logger
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network
+	free func() (int64, error)                                                // nil: the archive's file system
 
-	state    atomic.Pointer[Status]
-	progress progressCell
+	state     atomic.Pointer[Status]
+	progress  progressCell
+	panics    atomic.Int64
+	decisions chan decision
 
 	// Owned by Run.
 	now    progress
@@ -48,12 +51,17 @@ type Receiver struct {
 	// hold keeps flush positions below it from being sent, which could move the
 	// slot back: it is what may have been acknowledged before.
 	hold wal.LSN
-	gap  *gapError // to be recorded by the next session
+	// gap is to be recorded by the next session; gapBy says who decided that.
+	gap     *gapError
+	gapBy   string
+	pending chan<- outcome // of the decision under way; nil: none is
+	// stray are hosts whose WAL was not the archive's when they were tried last.
+	stray map[string]bool
 }
 
 // New makes a receiver that does nothing yet.
 func New(cfg Config, log *slog.Logger) *Receiver {
-	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name)}
+	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name), decisions: make(chan decision), stray: map[string]bool{}}
 	r.state.Store(&Status{State: Connecting, Since: time.Now()})
 	return r
 }
@@ -69,6 +77,8 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	for {
 		begun, before := time.Now(), r.now.flushed
 		streamed, err := r.guardedSession(ctx)
+		r.answer("", err)
+		r.gap = nil
 		if ctx.Err() != nil {
 			if err != nil && !errors.Is(err, context.Canceled) {
 				r.log.Warn("stopped without a good-bye to the server", "error", err)
@@ -84,7 +94,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		t := classify(err)
 		var gap *gapError
 		if errors.As(err, &gap) && r.cfg.OnGap == GapRecord {
-			r.gap, t = gap, trouble{Backoff, "gap", time.Second, ""}
+			r.gap, r.gapBy, t = gap, "on_gap", trouble{Backoff, "gap", time.Second, ""}
 		}
 		pause := t.pause
 		if t.state == Backoff && pause == 0 {
@@ -98,7 +108,11 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		}
 		r.setState(t.state, err.Error())
 		reported = r.reportTrouble(reported, t, err, pause)
-		if !sleep(ctx, pause) {
+		wait := sleep
+		if t.state == Halted {
+			wait = func(ctx context.Context, pause time.Duration) bool { return r.halt(ctx, pause, err) }
+		}
+		if !wait(ctx, pause) {
 			return nil
 		}
 	}
@@ -119,6 +133,7 @@ func (r *Receiver) guardedSession(ctx context.Context) (streamed bool, err error
 // panicked logs a panic that was recovered, with its stack, and makes it an
 // error.
 func (r *Receiver) panicked(p any) error {
+	r.panics.Add(1)
 	r.log.Error("panic in the receiver; this is a bug in walfleet", "panic", p, "stack", string(debug.Stack()))
 	return fmt.Errorf("internal error: panic: %v", p)
 }

@@ -2,6 +2,7 @@ package receiver
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -43,6 +44,7 @@ type rig struct {
 	logs *logs
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: srv.Dial
 	busy atomic.Bool                                                          // more always waits in the socket
+	room atomic.Int64                                                         // free bytes of the archive's file system; 0: enough
 
 	logTo io.Writer // nil: logs
 
@@ -207,6 +209,7 @@ func (g *rig) start() {
 		}
 		return &watched{c, g, r}, nil
 	}
+	r.free = func() (int64, error) { return cmp.Or(g.room.Load(), 1<<40), nil }
 	g.mu.Lock()
 	clear(g.judged)
 	g.mu.Unlock()
@@ -474,7 +477,8 @@ func (g *rig) judgeFiles() {
 		base, partial := strings.CutSuffix(name, ".partial")
 		s, err := wal.ParseSegment(base, g.size)
 		if sealed = err == nil && !partial; err != nil {
-			if name != ".lock" && name != "archive.json" && !strings.HasSuffix(name, ".history") {
+			aside := strings.HasSuffix(name, ".aborted") || strings.HasSuffix(name, ".diverged")
+			if name != ".lock" && name != "archive.json" && !strings.HasSuffix(name, ".history") && !aside {
 				g.Errorf("unexpected file %s", name)
 			}
 			continue

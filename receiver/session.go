@@ -16,6 +16,8 @@ type session struct {
 	*Receiver
 	conninfo  *pgrepl.Conninfo
 	candidate // the host that was taken
+	// alternative says that another host fits too, and has not been tried in vain.
+	alternative bool
 }
 
 // session connects and archives until something ends it. streamed tells whether
@@ -33,6 +35,7 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		return false, err
 	}
 	defer s.conn.Close()
+	defer func() { err = s.judgeHost(err) }()
 	s.setServer(s.conn.Host(), s.id)
 	s.logConnected()
 	r.dir.SetGroupReadable(s.id.GroupReadable)
@@ -52,6 +55,7 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		if err != nil {
 			return streamed, err
 		}
+		s.answer("", errors.New("the server has the missing WAL again; nothing was recorded"))
 		if stream != nil {
 			if !streamed {
 				s.now.streams++
@@ -73,6 +77,22 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 			return true, err
 		}
 	}
+}
+
+// judgeHost remembers a host whose WAL is not the archive's. It is passed over
+// while there is another one: of two PolarDB primaries on one timeline, this may
+// be the old one.
+func (s *session) judgeHost(err error) error {
+	var diverged *archive.DivergenceError
+	if !errors.As(err, &diverged) {
+		return err
+	}
+	s.stray[s.conn.Host()] = true
+	if !s.alternative {
+		return err
+	}
+	s.dropWriter() // it may have followed the other's WAL
+	return &strayHostError{s.conn.Host(), err}
 }
 
 func archiveIdentity(id pgrepl.Identity) archive.Identity {
@@ -165,25 +185,24 @@ func (s *session) chooseStart(ctx context.Context) error {
 // good, and opens the writer behind it: at the slot's restart_lsn, else at the
 // server's current position.
 func (s *session) skipGap(ctx context.Context) error {
-	gap := s.gap
+	gap, by := s.gap, s.gapBy
 	s.gap = nil
 	from := s.writer.Durable()
 	if gap.tli != s.writer.Timeline() || gap.next != from {
-		return nil // not the same gap: the server will say what it has
+		s.answer("", fmt.Errorf("this gap is no more: the archive is at timeline %d, %s now", s.writer.Timeline(), from))
+		return nil // the server will say what it has
 	}
-	lsn := s.id.XLogPos
-	if slot, err := s.conn.ReadSlot(ctx, s.id, s.cfg.Slot); err == nil && slot.RestartLSN > from && !slot.Lost {
-		lsn = slot.RestartLSN
-	}
-	tli, to := s.history.At(lsn), s.id.SegmentSize.Start(lsn)
+	tli, to := s.gapEnd(ctx, s.conn, from)
 	if to <= from {
 		return gap // it is in the segment that the server writes: nothing to go on from
 	}
-	if err := s.dir.RecordGap(archive.Gap{Timeline: tli, From: from, To: to, Reason: gap.err.Error(), Time: time.Now()}); err != nil {
+	reason := fmt.Sprintf("%v (accepted by %s)", gap.err, by)
+	if err := s.dir.RecordGap(archive.Gap{Timeline: tli, From: from, To: to, Reason: reason, Time: time.Now()}); err != nil {
 		return err
 	}
 	s.log.Error("gap recorded: this WAL is missing in the archive for good, and no recovery can pass it; take a base backup now",
-		"timeline", tli, "from", from, "to", to, "on_gap", s.cfg.OnGap)
+		"timeline", tli, "from", from, "to", to, "by", by)
+	s.answer(fmt.Sprintf("gap recorded: WAL from %s to %s is missing for good, the archive goes on with timeline %d; no recovery can pass the gap: take a base backup now", from, to, tli), nil)
 	s.dropWriter()
 	s.hold = 0
 	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), tli, to)
@@ -192,6 +211,16 @@ func (s *session) skipGap(ctx context.Context) error {
 	}
 	s.writer = writer
 	return nil
+}
+
+// gapEnd is where an archive that ends at from can go on when the server no longer
+// has the WAL that comes next: the start of a segment, with its timeline.
+func (s *session) gapEnd(ctx context.Context, conn *pgrepl.Conn, from wal.LSN) (wal.Timeline, wal.LSN) {
+	lsn := s.id.XLogPos
+	if slot, err := conn.ReadSlot(ctx, s.id, s.cfg.Slot); err == nil && slot.RestartLSN > from && !slot.Lost {
+		lsn = slot.RestartLSN
+	}
+	return s.history.At(lsn), s.id.SegmentSize.Start(lsn)
 }
 
 // checkHistory makes sure that the server continues what the archive has.
@@ -216,11 +245,11 @@ func (s *session) checkHistory(ctx context.Context) error {
 }
 
 func (s *session) behind(end wal.LSN) error {
-	reason := fmt.Sprintf("the server's WAL ends at %s on timeline %d, before the archive's end %s", s.id.XLogPos, s.id.Timeline, end)
 	if s.id.InRecovery {
-		return &refusedError{reason + ": the standby is behind"}
+		return &refusedError{fmt.Sprintf("the server's WAL ends at %s on timeline %d, before the archive's end %s: the standby is behind", s.id.XLogPos, s.id.Timeline, end)}
 	}
-	return &historyError{reason}
+	return &archive.DivergenceError{Timeline: s.id.Timeline, LSN: s.id.XLogPos,
+		Reason: fmt.Sprintf("the server's WAL ends there, before the archive's end %s", end)}
 }
 
 // begin decides where an empty archive starts, and writes that down. One that
@@ -308,13 +337,13 @@ func (s *session) start(ctx context.Context) (*pgrepl.Stream, pgrepl.NextTimelin
 		}
 		renewed = s.renewSlot(ctx)
 	default:
-		return stream, next, s.noteGap(err)
+		return stream, next, s.noteGap(ctx, err)
 	}
 	if renewed != nil {
 		return nil, next, renewed
 	}
 	stream, next, err = s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
-	return stream, next, s.noteGap(err)
+	return stream, next, s.noteGap(ctx, err)
 }
 
 // renewLostSlot makes an invalidated slot anew. PostgreSQL 17 and later let one
@@ -349,11 +378,18 @@ func (s *session) renewSlot(ctx context.Context) error {
 
 // noteGap recognises that the server no longer has the WAL that comes next. It
 // says so when streaming starts, or as the first thing in the stream.
-func (s *session) noteGap(err error) error {
-	if s.writer != nil && pgrepl.Code(err) == pgrepl.CodeUndefinedFile {
-		return &gapError{s.writer.Timeline(), s.writer.Durable(), err}
+func (s *session) noteGap(ctx context.Context, err error) error {
+	if s.writer == nil || pgrepl.Code(err) != pgrepl.CodeUndefinedFile {
+		return err
 	}
-	return err
+	gap := &gapError{tli: s.writer.Timeline(), next: s.writer.Durable(), err: err}
+	// How much is missing is asked on a new connection: this one may still be in
+	// the middle of a stream.
+	if conn, err := s.conninfo.Connect(ctx, s.host, s.options()); err == nil {
+		defer conn.Close()
+		_, gap.to = s.gapEnd(ctx, conn, gap.next)
+	}
+	return gap
 }
 
 // follow goes on with the next timeline, from the start of the segment in which

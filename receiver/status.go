@@ -42,6 +42,7 @@ type Status struct {
 	ReceivedBytes  int64 // WAL received, with what was received again
 	SegmentsSealed int64
 	Reconnects     int64 // connections that WAL came through, without the first
+	Panics         int64 // faults of walfleet's that ended a session
 }
 
 // Lag is the WAL in bytes that the server had, when it last spoke, and the
@@ -59,6 +60,7 @@ func (r *Receiver) Status() Status {
 	p := r.progress.load()
 	s.Timeline, s.Written, s.Flushed, s.ServerEnd = p.timeline, p.written, p.flushed, p.serverEnd
 	s.ReceivedBytes, s.SegmentsSealed, s.Reconnects = p.received, p.sealed, max(p.streams-1, 0)
+	s.Panics = r.panics.Load()
 	if p.lastMessage != 0 {
 		s.LastData = time.Unix(0, p.lastMessage)
 	}

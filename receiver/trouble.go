@@ -29,14 +29,30 @@ func (e *historyError) Error() string { return e.reason }
 // gapError says that the server no longer has the WAL that comes next.
 type gapError struct {
 	tli  wal.Timeline
-	next wal.LSN
+	next wal.LSN // inclusive: the end of what is archived
+	to   wal.LSN // exclusive: from where on the server's slot has WAL; not above next when that is not known
 	err  error
 }
 
 func (e *gapError) Error() string {
-	return fmt.Sprintf("the server no longer has the WAL that comes next, timeline %d from %s on: %v", e.tli, e.next, e.err)
+	missing := "on"
+	if e.to > e.next {
+		missing = fmt.Sprintf("to %s (%s)", e.to, megabytes(int64(e.to-e.next)))
+	}
+	return fmt.Sprintf("the server no longer has the WAL that comes next, timeline %d from %s %s: %v", e.tli, e.next, missing, e.err)
 }
 func (e *gapError) Unwrap() error { return e.err }
+
+// strayHostError says that one of several hosts has other WAL than the archive:
+// an old PolarDB primary that still runs, say, whose timeline is the new one's.
+type strayHostError struct {
+	host string
+	err  error
+}
+
+func (e *strayHostError) Error() string {
+	return fmt.Sprintf("%s is passed over, another host can be archived: %v", e.host, e.err)
+}
 
 // slotError says that the slot cannot be used as it is.
 type slotError struct{ reason string }
@@ -88,6 +104,7 @@ func classify(err error) trouble {
 		file     *archive.FileError
 		history  *historyError
 		gap      *gapError
+		stray    *strayHostError
 		slot     *slotError
 		refused  *refusedError
 		unusable *pgrepl.UnusableError
@@ -98,9 +115,14 @@ func classify(err error) trouble {
 	case errors.As(err, &aborted):
 		return trouble{Backoff, "aborted record", time.Millisecond, ""}
 	case errors.As(err, &gap):
-		return halted("gap", "no recovery can pass the missing WAL: set on_gap = \"record\" to go on behind it, or move the cluster's directory away to begin a new archive; then take a base backup")
-	case errors.As(err, &diverged), errors.As(err, &history):
-		return halted("divergence", "is this the right server? An old primary that still runs, or a restored one, must not be archived into this directory")
+		return halted("gap", "no recovery can pass the missing WAL: run \"walfleet accept-gap CLUSTER\" to write the gap down and go on behind it, then take a base backup; or move the cluster's directory away to begin a new archive")
+	case errors.As(err, &stray):
+		return trouble{Backoff, "stray host", time.Second, ""}
+	case errors.As(err, &diverged):
+		return halted("divergence", "is this the right server? An old primary that still runs, or a restored one, must not be archived into this directory. "+
+			"If it is, \"walfleet accept-divergence CLUSTER\" keeps the archive's bytes aside and goes on with the server's; then take a base backup")
+	case errors.As(err, &history):
+		return halted("history", "is this the right server? An old primary that still runs, or a restored one, must not be archived into this directory")
 	case errors.As(err, &identity):
 		return halted("identity", "another cluster answers at this address: correct the conninfo, or give the new cluster another name")
 	case errors.As(err, &file):
@@ -128,6 +150,8 @@ func classify(err error) trouble {
 			return trouble{Blocked, "disk full", blockedRetry, "make room in archive_dir; nothing that was acknowledged is lost, and archiving goes on by itself"}
 		case syscall.EACCES, syscall.EPERM, syscall.EROFS:
 			return trouble{Blocked, "permission", blockedRetry, "the file or directory named must be accessible for the user that runs walfleet"}
+		case syscall.EIO:
+			return trouble{Backoff, "disk error", 0, "the disk does not do what it should: see the kernel's log; nothing that it failed to write was acknowledged"}
 		}
 	}
 	return trouble{Backoff, "connection", 0, ""}

@@ -26,6 +26,10 @@ const (
 	lockName      = ".lock"
 	partialSuffix = ".partial"
 	metaFormat    = 1
+
+	// What is kept aside; see aside.go.
+	abortedSuffix  = ".aborted"
+	divergedSuffix = ".diverged"
 )
 
 // ErrLocked says that another process archives into the directory.
@@ -72,6 +76,9 @@ type Dir struct {
 	lock  *flock.Flock
 	meta  *meta // nil until the directory is bound
 	group bool
+	// distrusted are names of partial files that a sync failed for. A second sync
+	// would return nil all the same, so they are replaced before they are used.
+	distrusted map[string]bool
 }
 
 // meta is archive.json.
@@ -81,6 +88,9 @@ type meta struct {
 	SegmentSize uint32     `json:"segment_size"`      // bytes
 	Origin      metaOrigin `json:"origin"`
 	Gaps        []metaGap  `json:"gaps,omitempty"`
+
+	Aborted     []metaAborted    `json:"aborted,omitempty"`
+	Divergences []metaDivergence `json:"divergences,omitempty"`
 }
 
 type metaGap struct {
@@ -112,7 +122,7 @@ func Open(path string) (*Dir, error) {
 	if !locked {
 		return nil, fmt.Errorf("archive directory %s: %w", path, ErrLocked)
 	}
-	d := &Dir{path: path, disk: osDisk(path), lock: lock}
+	d := &Dir{path: path, disk: osDisk(path), lock: lock, distrusted: map[string]bool{}}
 	if err := d.load(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -124,7 +134,13 @@ func (d *Dir) load() error {
 	if err := d.mend(); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
 	}
-	return d.readMeta()
+	if err := d.readMeta(); err != nil {
+		return err
+	}
+	if err := d.putAside(); err != nil {
+		return fmt.Errorf("archive directory: %w", err)
+	}
+	return nil
 }
 
 // Close releases the lock.
@@ -174,7 +190,7 @@ func (d *Dir) mend() error {
 func isTemporary(name string) bool {
 	base, ok := strings.CutSuffix(name, tempSuffix)
 	_, err := wal.ParseHistoryName(base)
-	return ok && (base == metaName || strings.HasSuffix(base, partialSuffix) || err == nil)
+	return ok && (base == metaName || strings.HasSuffix(base, partialSuffix) || strings.HasSuffix(base, abortedSuffix) || err == nil)
 }
 
 func (d *Dir) readMeta() error {
@@ -204,6 +220,16 @@ func (d *Dir) readMeta() error {
 		to, err2 := wal.ParseLSN(g.To)
 		if err1 != nil || err2 != nil || g.Timeline == 0 || from >= to || size.Offset(to) != 0 {
 			return &FileError{path, "is damaged: it has a gap that makes no sense"}
+		}
+	}
+	for _, a := range m.Aborted {
+		if _, err := a.value(); err != nil {
+			return &FileError{path, "is damaged: it has an aborted record that makes no sense"}
+		}
+	}
+	for _, g := range m.Divergences {
+		if v, err := g.value(); err != nil || size.Offset(v.Restart) != 0 {
+			return &FileError{path, "is damaged: it has a divergence that makes no sense"}
 		}
 	}
 	d.meta = &m
@@ -380,6 +406,16 @@ func (d *Dir) StoreHistory(tli wal.Timeline, data []byte) (wal.History, error) {
 	return h, err
 }
 
+// Free is how many bytes of the directory's file system this process may still
+// use.
+func (d *Dir) Free() (int64, error) {
+	free, err := d.disk.Free()
+	if err != nil {
+		return 0, fmt.Errorf("free space of %s: %w", d.path, err)
+	}
+	return free, nil
+}
+
 // pathOf is a file's path, for errors.
 func (d *Dir) pathOf(name string) string { return filepath.Join(d.path, name) }
 
@@ -387,7 +423,8 @@ func (d *Dir) pathOf(name string) string { return filepath.Join(d.path, name) }
 type catalogue struct {
 	sealed  map[wal.Segment]bool
 	partial map[wal.Segment]bool
-	plain   map[string]bool // file names of both, without compressed ones
+	files   map[string]wal.Segment // the names of both
+	plain   map[string]bool        // those that are not compressed
 }
 
 // sealedSuffixes are those of complete segments, as pg_receivewal and we write
@@ -397,7 +434,7 @@ var sealedSuffixes = []string{"", ".gz", ".lz4", ".zst"}
 // scan reads the directory. Names that are not those of segments are no concern
 // of ours.
 func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
-	c := catalogue{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]bool{}}
+	c := catalogue{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]wal.Segment{}, map[string]bool{}}
 	names, err := d.disk.Names()
 	if err != nil {
 		return c, err
@@ -406,6 +443,7 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 		if base, ok := strings.CutSuffix(name, partialSuffix); ok {
 			if s, err := wal.ParseSegment(base, size); err == nil {
 				c.partial[s] = true
+				c.files[name] = s
 				c.plain[name] = true
 			}
 			continue
@@ -414,6 +452,7 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 			base, ok := strings.CutSuffix(name, suffix)
 			if s, err := wal.ParseSegment(base, size); ok && err == nil {
 				c.sealed[s] = true
+				c.files[name] = s
 				if suffix == "" {
 					c.plain[name] = true
 				}

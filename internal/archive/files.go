@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // disk is the directory that an archive lives in. All of an archive's files are
@@ -21,6 +23,7 @@ type disk interface {
 	Remove(name string) error
 	Same(a, b string) bool // whether two names are of one file
 	Sync() error           // makes names durable
+	Free() (int64, error)  // bytes that may still be used
 }
 
 // file is an open file of a disk.
@@ -191,6 +194,14 @@ func (d osDisk) Same(a, b string) bool {
 }
 
 func (d osDisk) Sync() error { return syncDir(string(d)) }
+
+func (d osDisk) Free() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(string(d), &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: string(d), Err: err}
+	}
+	return int64(st.Bavail) * int64(st.Bsize), nil
+}
 
 // osFile is a file of the operating system; Allocate, SyncData and DropCache
 // depend on which one.

@@ -71,6 +71,11 @@ type Writer struct {
 	// speaks for them. They are received again and compared before anything else;
 	// 0 once that is done.
 	start, unproven wal.LSN
+	// torn is the end of what the files have of an incomplete record that begins at
+	// record: bytes of an earlier process, or of a connection before this Writer,
+	// that count for nothing and are written again. 0: there are none to look at.
+	record, torn wal.LSN
+	aborted      *Aborted // kept aside by a Write, and not asked for yet
 	// before says that the walker has seen the record before start. chained is
 	// false while nothing shows yet that a connection's WAL continues the archive.
 	before, chained bool
@@ -125,7 +130,10 @@ func (w *Writer) recover(ctx context.Context) error {
 		}
 		w.open = append(w.open, &segment{Segment: s, file: f})
 		if err := settle(w.dir.disk, f); err != nil {
-			return err
+			w.dir.distrusted[s.Name()+partialSuffix] = true
+			if err := f.DropCache(); err != nil {
+				return err
+			}
 		}
 		err = feed(ctx, walker, f, 0, int64(s.Size))
 		var corrupt *wal.CorruptError
@@ -144,6 +152,12 @@ func (w *Writer) recover(ctx context.Context) error {
 	if proven := walker.ProvenFrom(); w.start < proven && w.start < w.written {
 		w.unproven = min(proven, w.written)
 	}
+	if w.written < walker.Pos() {
+		w.record, w.torn = w.written, walker.Pos()
+	}
+	if err := w.replaceDistrusted(); err != nil {
+		return err
+	}
 	// Files after the one that is gone on with hold nothing that counts.
 	for len(w.open) > 1 && w.open[len(w.open)-1].Start >= w.written {
 		last := w.open[len(w.open)-1]
@@ -151,6 +165,37 @@ func (w *Writer) recover(ctx context.Context) error {
 		if err := last.file.Close(); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// replaceDistrusted puts new files in the place of those that a sync failed for,
+// with what was read back from the disk and proven by records. A second sync of
+// the same file could return nil while bytes are missing.
+func (w *Writer) replaceDistrusted() error {
+	for _, s := range w.open {
+		name := s.Name() + partialSuffix
+		if !w.dir.distrusted[name] {
+			continue
+		}
+		f, err := writeTemp(w.dir.disk, name, w.dir.fileMode(), func(f file) error {
+			if err := f.Allocate(int64(s.Size)); err != nil {
+				return err
+			}
+			n := int64(min(max(w.written, s.Start), s.End()) - s.Start)
+			return copyRange(w.dir.disk, name, 0, f, 0, n)
+		})
+		if err != nil {
+			return err
+		}
+		if err := publish(w.dir.disk, name, w.dir.disk.Replace); err != nil {
+			return errors.Join(err, f.Close())
+		}
+		if err := s.file.Close(); err != nil {
+			return errors.Join(err, f.Close())
+		}
+		s.file, w.torn = f, 0
+		delete(w.dir.distrusted, name)
 	}
 	return nil
 }
@@ -214,6 +259,9 @@ func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end in
 // before.
 func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool) (*wal.Walker, error) {
 	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC}
+	if w.dir.accepted(w.timeline, start) {
+		return wal.NewWalker(config), nil
+	}
 	f, name, err := w.openSealedBefore(start)
 	if f == nil || err != nil {
 		return wal.NewWalker(config), err
@@ -324,6 +372,12 @@ func (w *Writer) Rewind() wal.LSN {
 	return w.pos
 }
 
+// SegmentDue reports whether the next Write makes a new file, which needs room
+// for a whole segment.
+func (w *Writer) SegmentDue() bool {
+	return w.pos == w.written && w.segmentAt(w.written) == nil
+}
+
 // SealDue reports whether a segment waits to be sealed by Flush. None is while
 // some of its bytes are unproven.
 func (w *Writer) SealDue() bool {
@@ -363,6 +417,11 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 			return fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.written, err)
 		}
 		n := min(uint64(len(p)), uint64(seg.End()-w.written))
+		if w.written < w.torn {
+			if err := w.keepTorn(seg, p[:n]); err != nil {
+				return fmt.Errorf("keeping an aborted record of timeline %d, %s aside: %w", w.timeline, w.record, err)
+			}
+		}
 		if _, err := seg.file.WriteAt(p[:n], int64(w.written-seg.Start)); err != nil {
 			return fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.written, err)
 		}
@@ -373,6 +432,52 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 	}
 	return nil
 }
+
+// keepTorn compares what is about to be written at written, into seg, with what
+// an incomplete record left there, and keeps that record aside when it is
+// another one. Pages that read as zeros were lost, and tell nothing.
+func (w *Writer) keepTorn(seg *segment, p []byte) error {
+	have := make([]byte, min(uint64(len(p)), uint64(w.torn-w.written)))
+	if _, err := seg.file.ReadAt(have, int64(w.written-seg.Start)); err != nil {
+		return err
+	}
+	if !differs(w.written, have, p) {
+		return nil
+	}
+	a, err := w.dir.saveAborted(w.id.SegmentSize, w.timeline, w.record, w.torn)
+	if err != nil {
+		return err
+	}
+	w.torn, w.aborted = 0, &a
+	return nil
+}
+
+// TakeAborted returns the incomplete record that a Write since the last call has
+// kept aside, because other bytes came in its place; else nil.
+func (w *Writer) TakeAborted() *Aborted {
+	a := w.aborted
+	w.aborted = nil
+	return a
+}
+
+// differs tells whether have, which stands at lsn in a file, has other bytes than
+// p. What reads as zeros up to the end of a page was never written, or lost.
+func differs(lsn wal.LSN, have, p []byte) bool {
+	for i := 0; i < len(have); i++ {
+		if have[i] == p[i] {
+			continue
+		}
+		end := min(len(have), i+pageRest(lsn+wal.LSN(i)))
+		if !isZero(have[i:end]) {
+			return true
+		}
+		i = end - 1
+	}
+	return false
+}
+
+// pageRest is how far it is from lsn to the end of its page.
+func pageRest(lsn wal.LSN) int { return int(wal.PageSize - lsn%wal.PageSize) }
 
 // compareNext compares the beginning of p, up to the end of a segment or of what
 // is written, with the file, and returns how much that was.
@@ -397,8 +502,8 @@ func (w *Writer) compareNext(p []byte) (int, error) {
 		}
 		at, boundary := w.pos+wal.LSN(i), w.walker.Boundary()
 		switch {
-		case at < w.unproven && isZero(have[i:min(n, i+int(wal.PageSize-at%wal.PageSize))]):
-			return w.restore(seg, p[:i+int(min(wal.PageSize-at%wal.PageSize, wal.LSN(n-i)))])
+		case at < w.unproven && isZero(have[i:min(n, i+pageRest(at))]):
+			return w.restore(seg, p[:min(n, i+pageRest(at))])
 		case at < boundary:
 			return 0, &DivergenceError{Timeline: w.timeline, LSN: at}
 		}
@@ -456,7 +561,11 @@ func (w *Writer) current() (*segment, error) {
 	}
 	f, err := w.openPartial(s)
 	if errors.Is(err, fs.ErrNotExist) {
-		f, err = createFile(w.dir.disk, s.Name()+partialSuffix, int64(s.Size), w.dir.fileMode())
+		name := s.Name() + partialSuffix
+		w.dir.distrusted[name] = true // until its name is durable
+		if f, err = createFile(w.dir.disk, name, int64(s.Size), w.dir.fileMode()); err == nil {
+			delete(w.dir.distrusted, name)
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -473,6 +582,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 			continue
 		}
 		if err := s.file.SyncData(); err != nil {
+			w.dir.distrusted[s.Name()+partialSuffix] = true
 			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
 		}
 		s.dirty = false
@@ -492,6 +602,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 // seal gives a full segment its final name.
 func (w *Writer) seal(s *segment) error {
 	if err := s.file.Sync(); err != nil {
+		w.dir.distrusted[s.Name()+partialSuffix] = true
 		return err
 	}
 	if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {

@@ -1,0 +1,242 @@
+package archive_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/pgtest"
+	"github.com/walfleet/walfleet/internal/wal"
+)
+
+// tear archives records up to record, and then a part of one more, of which the archive has the bytes up to end.
+// The process is gone then.
+func tear(t *testing.T, path string, record, end wal.LSN) (torn *pgtest.WAL) {
+	t.Helper()
+	torn = walTo(record)
+	torn.Append(bytes.Repeat([]byte("torn"), 1<<20))
+	d := open(t, path)
+	if err := d.Bind(identity, archive.Origin{Timeline: 1, LSN: begin, Source: "slot"}); err != nil {
+		t.Fatal(err)
+	}
+	w := openTail(t, d)
+	write(t, w, torn, 50000, end)
+	flush(t, w)
+	d.Close()
+	return torn
+}
+
+// A record that the server replaces after a crash is kept beside the archive, from its start to where the archive
+// had it, in however many segments that is; the archive gets the server's bytes.
+func TestReplacedRecordIsKeptAside(t *testing.T) {
+	for name, tt := range map[string]struct {
+		record, end wal.LSN
+		lost        wal.LSN // a page of the torn record that a power loss took; 0: none
+		kept        bool
+		other       func(g *pgtest.WAL) // what the server wrote instead
+	}{
+		"another record": {begin + 20000, begin + 100<<10, 0, true, func(g *pgtest.WAL) { g.Append([]byte("instead")) }},
+		"segments later": {begin + mb - 30000, begin + 3*mb - 4096, 0, true, func(g *pgtest.WAL) { g.Append([]byte("instead")) }},
+		"given up":       {begin + 20000, begin + 100<<10, 0, true, func(g *pgtest.WAL) { g.Abort(bytes.Repeat([]byte("torn"), 1<<20), 4) }},
+		"the same":       {begin + 20000, begin + 100<<10, 0, false, func(g *pgtest.WAL) { g.Append(bytes.Repeat([]byte("torn"), 1<<20)) }},
+		"the same, lost": {begin + 20000, begin + 100<<10, begin + 9*wal.PageSize, false, func(g *pgtest.WAL) { g.Append(bytes.Repeat([]byte("torn"), 1<<20)) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := t.TempDir()
+			torn := tear(t, path, tt.record, tt.end)
+			if tt.lost != 0 {
+				f, err := os.OpenFile(filepath.Join(path, name1(0)), os.O_WRONLY, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				if _, err := f.WriteAt(make([]byte, wal.PageSize), int64(tt.lost-begin)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			g := walTo(tt.record)
+			tt.other(g)
+			g.FillTo(g.End() + mb + 8)
+			d := open(t, path)
+			w := openTail(t, d)
+			var taken *archive.Aborted
+			for w.Pos() < g.End() {
+				write(t, w, g, 7777, min(w.Pos()+7777, g.End()))
+				if a := w.TakeAborted(); a != nil {
+					taken = a
+				}
+			}
+			flush(t, w)
+			wantContent(t, path, g, g.End(), g.End())
+
+			all := d.Aborted()
+			if !tt.kept {
+				if taken != nil || len(all) != 0 {
+					t.Errorf("kept aside: %+v, %+v", taken, all)
+				}
+				return
+			}
+			if len(all) != 1 || taken == nil || *taken != all[0] {
+				t.Fatalf("kept aside: %+v, %+v", taken, all)
+			}
+			a := all[0]
+			if a.Timeline != 1 || a.LSN != tt.record || a.End < tt.end || a.End-tt.end > wal.PageSize {
+				t.Errorf("%+v, want from %s to %s", a, tt.record, tt.end)
+			}
+			data, err := os.ReadFile(filepath.Join(path, a.File))
+			if err != nil || !bytes.Equal(data[:tt.end-tt.record], torn.Bytes(tt.record, tt.end)) {
+				t.Errorf("%s: %d bytes, %v: not what the archive had", a.File, len(data), err)
+			}
+			d.Close()
+			if again := open(t, path).Aborted(); !slices.Equal(again, all) {
+				t.Errorf("after a restart: %+v, want %+v", again, all)
+			}
+		})
+	}
+}
+
+func name1(n int) string { return name(1, n) + ".partial" }
+
+// Two records of one place, torn one after the other, are both kept.
+func TestRecordThatIsReplacedTwiceIsKeptTwice(t *testing.T) {
+	path := t.TempDir()
+	record := begin + 20000
+	tear(t, path, record, begin+100<<10)
+	for i := range 2 {
+		g := walTo(record)
+		g.Append(bytes.Repeat([]byte{byte(i), 7}, 1<<20))
+		d := open(t, path)
+		w := openTail(t, d)
+		write(t, w, g, 50000, begin+200<<10)
+		flush(t, w)
+		d.Close()
+	}
+	d := open(t, path)
+	prefix := name(1, 0) + ".00004E20"
+	if all := d.Aborted(); len(all) != 2 || all[0].File != prefix+".aborted" || all[1].File != prefix+".2.aborted" {
+		t.Errorf("%+v", all)
+	}
+}
+
+// Accepting a divergence keeps everything from its segment on under other names, and the archive goes on there.
+func TestAcceptedDivergenceKeepsTheOldFiles(t *testing.T) {
+	for what, at := range map[string]wal.LSN{"in the last segment": begin + 2*mb + 70000, "segments before": begin + mb + 5000, "in the first": begin + 100} {
+		t.Run(what, func(t *testing.T) {
+			path := t.TempDir()
+			d := open(t, path)
+			if err := d.Bind(identity, archive.Origin{Timeline: 1, LSN: begin, Source: "slot"}); err != nil {
+				t.Fatal(err)
+			}
+			w := openTail(t, d)
+			old := walTo(begin + 2*mb + 100<<10)
+			write(t, w, old, 50000, old.End())
+			flush(t, w)
+			w.Close()
+			before := files(t, path)
+
+			v, err := d.AcceptDivergence(1, at, "the reason")
+			if err != nil {
+				t.Fatal(err)
+			}
+			restart := wal.SegmentSize(mb).Start(at)
+			if v.Restart != restart || v.LSN != at || len(v.Kept) != int((begin+3*mb-restart)/mb) {
+				t.Errorf("%+v", v)
+			}
+			after := files(t, path)
+			for _, k := range v.Kept {
+				if after[k.File] != before[k.Name] || !strings.HasSuffix(k.File, ".diverged") || after[k.Name] != "" {
+					t.Errorf("%+v: %q, want %q", k, after[k.File], before[k.Name])
+				}
+			}
+
+			other := newWAL() // the same up to the last record before the divergence
+			for other.End() < complete(old, at) {
+				other.Append(bytes.Repeat([]byte{byte(other.End() >> 8)}, 4000))
+			}
+			other.Append([]byte("the server's"))
+			other.FillTo(begin + 3*mb + 9000)
+			w = openTail(t, d)
+			if w.Pos() != restart {
+				t.Errorf("goes on at %s, want %s", w.Pos(), restart)
+			}
+			write(t, w, other, 50000, other.End())
+			flush(t, w)
+			wantContent(t, path, other, other.End(), other.End())
+			d.Close()
+			d = open(t, path)
+			if all := d.Divergences(); len(all) != 1 || all[0].Reason != "the reason" || !slices.Equal(all[0].Kept, v.Kept) {
+				t.Errorf("after a restart: %+v", all)
+			}
+			wantContent(t, path, other, other.End(), other.End())
+		})
+	}
+}
+
+// A crash in the middle of putting files aside is made good when the directory is opened; files that came later
+// under the same names are left alone.
+func TestInterruptedAcceptanceIsFinished(t *testing.T) {
+	path := t.TempDir()
+	d := open(t, path)
+	if err := d.Bind(identity, archive.Origin{Timeline: 1, LSN: begin, Source: "slot"}); err != nil {
+		t.Fatal(err)
+	}
+	w := openTail(t, d)
+	g := walTo(begin + 2*mb + 9000)
+	write(t, w, g, 50000, g.End())
+	flush(t, w)
+	w.Close()
+	before := files(t, path)
+	v, err := d.AcceptDivergence(1, begin+100, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Close()
+
+	meta := filepath.Join(path, "archive.json")
+	done, err := os.ReadFile(meta)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m map[string]any
+	if err := json.Unmarshal(done, &m); err != nil {
+		t.Fatal(err)
+	}
+	m["divergences"].([]any)[0].(map[string]any)["pending"] = true
+	pending, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range len(v.Kept) + 1 { // files that have their new names
+		if err := os.WriteFile(meta, pending, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range v.Kept[n:] {
+			if err := os.Rename(filepath.Join(path, k.File), filepath.Join(path, k.Name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		open(t, path).Close()
+		after := files(t, path)
+		for _, k := range v.Kept {
+			if after[k.File] != before[k.Name] || after[k.Name] != "" {
+				t.Errorf("%d of %d done: %s is %q, want %q", n, len(v.Kept), k.File, after[k.File], before[k.Name])
+			}
+		}
+	}
+
+	// The kept files are gone, and new ones are there: nothing is put aside again.
+	for _, k := range v.Kept {
+		if err := os.Rename(filepath.Join(path, k.File), filepath.Join(path, k.Name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open(t, path).Close()
+	if after := files(t, path); after[v.Kept[0].Name] != before[v.Kept[0].Name] {
+		t.Error("a newer file was put aside")
+	}
+}

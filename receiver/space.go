@@ -1,0 +1,71 @@
+package receiver
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// spaceInterval is how often the free space is looked at, and, while there is too
+// little, how often the server hears from us.
+const spaceInterval = time.Second
+
+// awaitSpace returns once the archive's file system has min_free bytes left, and
+// room for the next segment where that is about to be made. Until then nothing is
+// read or written: WAL stays on the server, and status updates with the flush
+// position that was reached keep the connection.
+func (s *stream) awaitSpace(ctx context.Context) error {
+	if time.Now().Before(s.spaceAt) && !s.writer.SegmentDue() {
+		return nil
+	}
+	shortage, err := s.shortage()
+	if err != nil || shortage == "" {
+		return err
+	}
+	if err := s.flush(); err != nil {
+		return err
+	}
+	s.publish()
+	s.setState(Blocked, shortage)
+	s.log.Warn("not archiving", "state", string(Blocked), "error", shortage, "flushed", s.now.flushed,
+		"hint", "make room in archive_dir; the server keeps its WAL meanwhile, a synchronous one waits, and archiving goes on by itself")
+	for shortage != "" {
+		if err := s.sendStatus(false); err != nil {
+			return err
+		}
+		if !sleep(ctx, spaceInterval) {
+			return nil
+		}
+		if shortage, err = s.shortage(); err != nil {
+			return err
+		}
+	}
+	s.log.Info("there is room again, archiving goes on")
+	s.caughtUp = false
+	s.setState(CatchingUp, "")
+	s.lastHeard = time.Now() // nothing was read
+	s.silenceAt = s.lastHeard.Add(s.cfg.ReceiveTimeout / 2)
+	return nil
+}
+
+// shortage says what room is missing; "": none.
+func (s *stream) shortage() (string, error) {
+	s.spaceAt = time.Now().Add(spaceInterval)
+	free, err := s.dir.Free()
+	if s.free != nil {
+		free, err = s.free()
+	}
+	if err != nil {
+		return "", err
+	}
+	if free < s.cfg.MinFree {
+		return fmt.Sprintf("%s has %s left, less than min_free = %s", s.cfg.Dir, megabytes(free), megabytes(s.cfg.MinFree)), nil
+	}
+	if size := int64(s.id.SegmentSize); s.writer.SegmentDue() && free-size < s.cfg.MinFree {
+		return fmt.Sprintf("%s has %s left, and the next segment needs %s above min_free = %s: no space left on device",
+			s.cfg.Dir, megabytes(free), megabytes(size), megabytes(s.cfg.MinFree)), nil
+	}
+	return "", nil
+}
+
+func megabytes(n int64) string { return fmt.Sprintf("%d MB", n>>20) }
