@@ -82,7 +82,7 @@ The role needs REPLICATION, and pg_hba.conf a line such as
 	}
 	root.PersistentFlags().StringVarP(&g.configFile, "config", "c", g.configFile, "configuration file (environment: WALFLEET_CONFIG)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newRunCommand(g), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newRunCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g), newDemoCommand(), newVersionCommand())
 	return root
 }
 

@@ -27,6 +27,10 @@ func TestUsageErrorsAreToldFromFailures(t *testing.T) {
 	if err := os.WriteFile(file, []byte("archive_dir = \"/tmp/x\"\n[[cluster]]\nname = \"a\"\nbogus = 1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	good := filepath.Join(t.TempDir(), "good.toml")
+	if err := os.WriteFile(good, []byte("archive_dir = \"/nowhere\"\n[[cluster]]\nname = \"a\"\nconninfo = \"host=a\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args  []string
 		usage bool
@@ -36,6 +40,10 @@ func TestUsageErrorsAreToldFromFailures(t *testing.T) {
 		{[]string{"run", "--bogus"}, true, "unknown flag: --bogus"},
 		{[]string{"run", "now"}, true, `run takes no argument, got "now"`},
 		{[]string{"version", "1"}, true, "version takes no argument"},
+		{[]string{"accept-gap"}, true, "accept-gap takes one argument, the cluster's name"},
+		{[]string{"accept-divergence", "a", "b"}, true, "accept-divergence takes one argument, the cluster's name"},
+		{[]string{"accept-gap", "a", "-c", file}, false, file + ":4:"},
+		{[]string{"accept-gap", "a", "-c", good}, false, "no walfleet answers at"},
 		{[]string{"run", "-c", file}, false, file + ":4:"},
 		{[]string{"run", "-c", file + ".missing"}, false, "no such file"},
 	} {

@@ -2,14 +2,17 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/walfleet/walfleet/fleet"
+	"github.com/walfleet/walfleet/internal/control"
 )
 
 func newRunCommand(g *globals) *cobra.Command {
@@ -47,8 +50,19 @@ func run(ctx context.Context, file string, hangup <-chan os.Signal) error {
 	var level slog.LevelVar
 	log := newLogger(cfg.Log, &level)
 	f := fleet.New(cfg, log)
+	listener, err := control.Listen(cfg.RuntimeDir)
+	if err != nil {
+		// Archiving comes first: a full disk may be why.
+		log.Error("commands such as accept-gap cannot reach this walfleet", "error", err)
+	}
 	ended := make(chan error, 1)
-	go func() { ended <- f.Run(ctx) }()
+	go func() {
+		var group errgroup.Group
+		if listener != nil {
+			group.Go(func() error { return control.Serve(ctx, listener, f) })
+		}
+		ended <- errors.Join(f.Run(ctx), group.Wait())
+	}()
 	log.Info("walfleet started", "version", version(), "config", file, "clusters", len(cfg.Clusters), "archive_dir", cfg.ArchiveDir)
 	for {
 		select {
@@ -58,12 +72,12 @@ func run(ctx context.Context, file string, hangup <-chan os.Signal) error {
 			}
 			return err
 		case <-hangup:
-			reload(ctx, f, file, log, &level)
+			reload(ctx, f, file, cfg.RuntimeDir, log, &level)
 		}
 	}
 }
 
-func reload(ctx context.Context, f *fleet.Fleet, file string, log *slog.Logger, level *slog.LevelVar) {
+func reload(ctx context.Context, f *fleet.Fleet, file, runtimeDir string, log *slog.Logger, level *slog.LevelVar) {
 	cfg, err := fleet.Load(file)
 	if err != nil {
 		log.Error("reload refused, nothing changed", "config", file, "error", err)
@@ -75,6 +89,9 @@ func reload(ctx context.Context, f *fleet.Fleet, file string, log *slog.Logger, 
 		return
 	}
 	setLevel(level, cfg.Log.Level)
+	if cfg.RuntimeDir != runtimeDir {
+		log.Warn("runtime_dir changes with the next start alone", "runtime_dir", cfg.RuntimeDir, "in_use", runtimeDir)
+	}
 	log.Info("reloaded", "config", file, "done", plan.String())
 }
 
