@@ -38,7 +38,7 @@ func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	fs := mountTmpfs(t, 0, "size=5m,mode=700")
 	s := startServer(t, serverOptions{segment: megabyte})
-	d := startDaemon(t, configText(fs.path, cluster("full", s.conninfo(), `slot = "full"`)))
+	d := startDaemon(t, configText(fs.path, cluster("full", s.conninfo(), `slot = "full"`, `min_free = "0"`)))
 	roomy := startDaemon(t, configText(t.TempDir(), cluster("roomy", s.conninfo(), `slot = "roomy"`)))
 	load := startLoad(t, s)
 	blocked := d.awaitState(t, "full", receiver.Blocked, "no space left on device")
