@@ -32,7 +32,9 @@ type candidate struct {
 
 // connect asks all hosts and takes the one to archive: of those that are of this
 // cluster, in the right role, and continue what the archive has, the one with
-// the highest timeline. So an old primary that still runs is passed over.
+// the highest timeline. So an old primary that still runs is passed over. One of
+// PolarDB's has the new one's timeline: it is behind, or its WAL is not the
+// archive's.
 func (s *session) connect(ctx context.Context) error {
 	conninfo, err := pgrepl.ParseConninfo(s.cfg.Conninfo)
 	if err != nil {
@@ -55,7 +57,11 @@ func (s *session) connect(ctx context.Context) error {
 		return cmp.Or[error](ctx.Err(), failed)
 	}
 	slices.SortStableFunc(fit, func(a, b candidate) int {
-		return cmp.Or(cmp.Compare(b.id.Timeline, a.id.Timeline), compareBool(a.id.InRecovery, b.id.InRecovery))
+		order := cmp.Or(cmp.Compare(b.id.Timeline, a.id.Timeline), compareBool(a.id.InRecovery, b.id.InRecovery))
+		if order == 0 && !a.id.InRecovery { // two primaries: one was replaced, and does not get on
+			order = cmp.Compare(b.id.XLogPos, a.id.XLogPos)
+		}
+		return order
 	})
 	chosen := 0
 	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.stray[c.conn.Host()] }); i >= 0 {
@@ -197,8 +203,8 @@ func continues(c candidate, tli wal.Timeline) error {
 }
 
 // watchHosts asks the other hosts now and then, and calls leave when one of them
-// is a primary on a newer timeline that continues ours: the server being
-// archived is an old primary then. It ends when ctx is done; wait returns after
+// is a primary on a newer timeline that continues ours, or farther on the same
+// one: the server being archived is an old primary then. It ends when ctx is done; wait returns after
 // that.
 func (s *session) watchHosts(ctx context.Context, leave func(error)) (wait func()) {
 	if len(s.conninfo.Hosts()) < 2 {
@@ -208,7 +214,7 @@ func (s *session) watchHosts(ctx context.Context, leave func(error)) (wait func(
 	group.Go(func() {
 		for sleep(ctx, hostInterval) {
 			for _, host := range s.conninfo.Order() {
-				if s.conninfo.Hosts()[host] == s.conn.Host() {
+				if name := s.conninfo.Hosts()[host]; name == s.conn.Host() || s.stray[name] {
 					continue
 				}
 				if err := s.superseded(ctx, host); err != nil {
@@ -222,7 +228,7 @@ func (s *session) watchHosts(ctx context.Context, leave func(error)) (wait func(
 }
 
 // errSuperseded says that another host is the primary now.
-var errSuperseded = errors.New("another host is on a newer timeline")
+var errSuperseded = errors.New("another host is farther")
 
 // superseded asks one host, and returns errSuperseded when it is to be archived
 // instead.
@@ -233,9 +239,11 @@ func (s *session) superseded(ctx context.Context, host int) error {
 		return nil
 	}
 	defer c.conn.Close()
-	tli := s.Status().Timeline
-	if c.id.InRecovery || archiveIdentity(c.id) != archiveIdentity(s.id) || c.id.Timeline <= tli || continues(c, tli) != nil {
+	st := s.Status()
+	farther := c.id.Timeline > st.Timeline || c.id.Timeline == st.Timeline && c.id.XLogPos > st.ServerEnd
+	if c.id.InRecovery || archiveIdentity(c.id) != archiveIdentity(s.id) || !farther || continues(c, st.Timeline) != nil {
 		return nil
 	}
-	return fmt.Errorf("%w: %s is a primary on timeline %d, %s is on %d", errSuperseded, c.conn.Host(), c.id.Timeline, s.conn.Host(), tli)
+	return fmt.Errorf("%w: %s is a primary on timeline %d, %s, while %s is on timeline %d, %s",
+		errSuperseded, c.conn.Host(), c.id.Timeline, c.id.XLogPos, s.conn.Host(), st.Timeline, st.ServerEnd)
 }

@@ -134,6 +134,32 @@ func TestStrayPrimaryOnTheSameTimelineIsPassedOver(t *testing.T) {
 	}
 }
 
+// A PolarDB primary that was replaced and has nothing to send any more does not keep the archive from going on.
+func TestPrimaryThatStoppedWritingIsLeft(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=old,new user=archiver sslmode=disable"
+		old := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}})
+		old.Publish(g.wal)
+		g.hosts(map[string]*pgtest.Server{"old": old})
+		g.start()
+		g.want(Streaming)
+		g.wantHost("old:5432")
+		g.hosts(map[string]*pgtest.Server{"old": old, "new": g.srv})
+		g.sleep(2 * hostInterval)
+		g.wantHost("old:5432") // the new one is not farther
+		g.append(3, 700)
+		g.sleep(hostInterval + 5*time.Second)
+		g.wantArchived()
+		g.wantHost("new:5432")
+		for range 3 {
+			g.srv.Disconnect()
+			g.sleep(5 * time.Second)
+			g.wantArchived()
+			g.wantHost("new:5432")
+		}
+	})
+}
+
 func TestOldPrimaryIsPassedOver(t *testing.T) {
 	bubble(t, func(g *rig) {
 		g.cfg.Conninfo = "host=old,new user=archiver sslmode=disable"
