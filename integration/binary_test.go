@@ -46,12 +46,15 @@ func command(t testing.TB, args ...string) *exec.Cmd {
 	return exec.Command(walfleet.path, args...)
 }
 
-// startProgram runs walfleet with a configuration file of this content.
-func startProgram(t testing.TB, config string) *program {
+// startProgram runs walfleet with a configuration file of this content, under another program where that is given.
+func startProgram(t testing.TB, config string, under ...string) *program {
 	t.Helper()
 	p := &program{config: filepath.Join(t.TempDir(), "walfleet.toml"), ended: make(chan struct{})}
 	p.configure(t, config)
 	p.cmd = command(t, "run", "-c", p.config)
+	if len(under) > 0 {
+		p.cmd = exec.Command(under[0], append(under[1:], p.cmd.Args...)...)
+	}
 	p.cmd.Stderr = &p.stderr
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
