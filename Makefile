@@ -6,7 +6,10 @@ integration_env = CGO_ENABLED=1 \
 	TESTCONTAINERS_RYUK_DISABLED=true \
 	$(if $(wildcard /.dockerenv),TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1)
 
-.PHONY: help build test test-unit lint demo images clean compiler
+# Those that make more of their faults when WALFLEET_TORTURE is set.
+torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestAcknowledgesWhatWasSynced
+
+.PHONY: help build test test-unit torture lint demo images clean compiler tracer
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,11 +17,15 @@ help: ## this list
 build: ## bin/walfleet
 	CGO_ENABLED=0 go build -trimpath -o bin/walfleet ./cmd/walfleet
 
-test: compiler images ## every test, those against real servers in containers included
+test: compiler tracer images ## every test, those against real servers in containers included
 	$(integration_env) go test -race -count=1 -timeout 25m -p 2 ./...
 
 test-unit: compiler ## the tests that need no containers
 	CGO_ENABLED=1 go test -race -count=1 $$(go list ./... | grep -v '/integration\b')
+
+torture: compiler tracer images ## kills, power losses and traced runs, many times over: about 10 minutes
+	$(integration_env) WALFLEET_TORTURE=1 go test -race -count=1 -v -timeout 60m \
+		-run '^($(torture_tests))$$' ./integration
 
 lint: ## formatting, go vet, staticcheck, syntax of the scripts
 	@unformatted=$$(gofmt -l .) && if [ -n "$$unformatted" ]; then \
@@ -43,3 +50,7 @@ compiler: # the race detector needs cgo
 		echo "go test -race needs a C compiler"; \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends gcc libc6-dev; }
+
+tracer: # without these, the tests that need them say that they tested nothing
+	@{ command -v strace && command -v mkfs.ext4; } >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends strace e2fsprogs; }

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -91,6 +92,14 @@ func (fs loopFS) control(request uint, argument int) {
 
 // losePower drops everything that was not written back. What is open fails from then on.
 func (fs loopFS) losePower() { fs.control(iocShutdown, shutdownWithoutLog) }
+
+// freeze makes all writes wait until thaw is called, at the end of the test at the latest.
+func (fs loopFS) freeze() (thaw func()) {
+	fs.control(iocFreeze, 0)
+	thaw = sync.OnceFunc(func() { fs.control(iocThaw, 0) })
+	fs.t.Cleanup(thaw)
+	return thaw
+}
 
 // TestPowerLoss has an archive whose disk loses, at random moments under load, what was not synced. What the server
 // was told is flushed is in the archive after the journal was replayed.
