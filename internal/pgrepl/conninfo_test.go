@@ -13,7 +13,7 @@ import (
 )
 
 // isolate keeps libpq's environment and files of the machine out of a test.
-func isolate(t *testing.T, env ...string) (dir string) {
+func isolate(t testing.TB, env ...string) (dir string) {
 	t.Helper()
 	for _, kv := range os.Environ() {
 		if name, _, _ := strings.Cut(kv, "="); strings.HasPrefix(name, "PG") {

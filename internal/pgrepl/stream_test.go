@@ -2,7 +2,6 @@ package pgrepl
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -86,36 +85,6 @@ func TestServerErrorIsEscaped(t *testing.T) {
 	if Code(err) != CodeUndefinedObject || Code(errors.New("x")) != "" {
 		t.Error("Code")
 	}
-}
-
-func FuzzParseCopyData(f *testing.F) {
-	for _, m := range []pgproto3.BackendMessage{pgtest.WALData(1<<32+5, 7, []byte("data")), pgtest.WALData(^wal.LSN(0), 7, []byte("data")),
-		pgtest.Keepalive(8, true), pgtest.Keepalive(8, false)} {
-		f.Add(m.(*pgproto3.CopyData).Data)
-	}
-	f.Add([]byte(nil))
-	f.Add([]byte("w too short"))
-	f.Add([]byte("z"))
-	f.Fuzz(func(t *testing.T, p []byte) {
-		m, err := parseCopyData(p)
-		var pe *ProtocolError
-		switch {
-		case err != nil:
-			if !errors.As(err, &pe) || strings.ContainsFunc(err.Error(), unicode.IsControl) {
-				t.Errorf("%q: %q", p, err)
-			}
-		case m.Kind == WALData:
-			if m.Start+wal.LSN(len(m.Data)) < m.Start || uint64(m.Start) != binary.BigEndian.Uint64(p[1:]) || len(m.Data) != len(p)-25 {
-				t.Errorf("%q: %+v", p, m)
-			}
-		case m.Kind == Keepalive:
-			if p[0] != 'k' || uint64(m.ServerEnd) != binary.BigEndian.Uint64(p[1:]) || m.ReplyRequested != (p[17] != 0) {
-				t.Errorf("%q: %+v", p, m)
-			}
-		default:
-			t.Errorf("%q: %+v", p, m)
-		}
-	})
 }
 
 // connect gives a connection to s, in a bubble.
