@@ -518,11 +518,14 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 			t.Start = max(t.Start, s.End())
 		}
 	}
+	behindGap := false // nothing before it counts then
 	for _, g := range gaps {
 		if g.Timeline == t.Timeline && g.To >= t.Start {
-			t.Start = g.To
-			return t, ok, nil // nothing before it counts
+			t.Start, behindGap = g.To, true
 		}
+	}
+	if behindGap {
+		return t, ok, nil
 	}
 	if t.Start == 0 {
 		t.Start = lowest

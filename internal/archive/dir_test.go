@@ -335,6 +335,22 @@ func TestTailGoesOnBehindAGap(t *testing.T) {
 	}
 }
 
+// What was acknowledged behind the last gap must not be forgotten because nothing was sealed between two of them.
+func TestTailGoesOnBehindTheLastOfSeveralGaps(t *testing.T) {
+	d := open(t, place(t, name(1, 0)+".partial", name(1, 2)+".partial", name(1, 4)+".partial"))
+	if err := d.Bind(identity, archive.Origin{Timeline: 1, LSN: begin}); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []wal.LSN{0, 2} {
+		if err := d.RecordGap(archive.Gap{Timeline: 1, From: begin + n*mb + 8, To: begin + (n+2)*mb}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, ok, err := d.Tail(mb); err != nil || !ok || got.Start != begin+4*mb {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 func TestHistoryIsStoredOnceAndNeverReplaced(t *testing.T) {
 	path := t.TempDir()
 	d := open(t, path)
