@@ -435,7 +435,7 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 
 // keepTorn compares what is about to be written at written, into seg, with what
 // an incomplete record left there, and keeps that record aside when it is
-// another one. Pages that read as zeros were lost, and tell nothing.
+// another one. Sectors that read as zeros were lost, and tell nothing.
 func (w *Writer) keepTorn(seg *segment, p []byte) error {
 	have := make([]byte, min(uint64(len(p)), uint64(w.torn-w.written)))
 	if _, err := seg.file.ReadAt(have, int64(w.written-seg.Start)); err != nil {
@@ -461,13 +461,13 @@ func (w *Writer) TakeAborted() *Aborted {
 }
 
 // differs tells whether have, which stands at lsn in a file, has other bytes than
-// p. What reads as zeros up to the end of a page was never written, or lost.
+// p. What reads as zeros up to the end of a sector was never written, or lost.
 func differs(lsn wal.LSN, have, p []byte) bool {
 	for i := 0; i < len(have); i++ {
 		if have[i] == p[i] {
 			continue
 		}
-		end := min(len(have), i+pageRest(lsn+wal.LSN(i)))
+		end := min(len(have), i+sectorRest(lsn+wal.LSN(i)))
 		if !isZero(have[i:end]) {
 			return true
 		}
@@ -476,8 +476,12 @@ func differs(lsn wal.LSN, have, p []byte) bool {
 	return false
 }
 
-// pageRest is how far it is from lsn to the end of its page.
-func pageRest(lsn wal.LSN) int { return int(wal.PageSize - lsn%wal.PageSize) }
+// sector is the least that a disk writes as a whole, in bytes. A sector that a
+// power loss took reads as zeros from where it was synced to its end.
+const sector = 512
+
+// sectorRest is how far it is from lsn to the end of its sector.
+func sectorRest(lsn wal.LSN) int { return int(sector - lsn%sector) }
 
 // compareNext compares the beginning of p, up to the end of a segment or of what
 // is written, with the file, and returns how much that was.
@@ -501,9 +505,10 @@ func (w *Writer) compareNext(p []byte) (int, error) {
 			i++
 		}
 		at, boundary := w.pos+wal.LSN(i), w.walker.Boundary()
+		rest := min(n, i+sectorRest(at))
 		switch {
-		case at < w.unproven && isZero(have[i:min(n, i+pageRest(at))]):
-			return w.restore(seg, p[:min(n, i+pageRest(at))])
+		case at < w.unproven && isZero(have[i:rest]):
+			return w.restore(seg, p[:rest])
 		case at < boundary:
 			return 0, &DivergenceError{Timeline: w.timeline, LSN: at}
 		}
@@ -516,7 +521,7 @@ func (w *Writer) compareNext(p []byte) (int, error) {
 	return n, nil
 }
 
-// restore writes p at pos, where a power loss took a page that was not synced,
+// restore writes p at pos, where a power loss took a sector that was not synced,
 // and no CRC could tell.
 func (w *Writer) restore(seg *segment, p []byte) (int, error) {
 	if _, err := seg.file.WriteAt(p, int64(w.pos-seg.Start)); err != nil {

@@ -360,7 +360,12 @@ func damage(t *testing.T, r *rand.Rand, path string, from, to wal.LSN) {
 // The first bytes of an archive can belong to a record that began before it. No CRC speaks for them: after a crash
 // they are received again and compared, before their segment is sealed.
 func TestSegmentIsNotSealedBeforeItsUnprovenBytesWereCompared(t *testing.T) {
-	for what, lost := range map[string]int{"nothing lost": 0, "a page lost": wal.PageSize} {
+	for what, lost := range map[string]struct{ from, n int64 }{
+		"nothing lost":            {0, 0},
+		"a page lost":             {0, wal.PageSize},
+		"a sector lost":           {1024, 512},
+		"half a page not updated": {1000, 4096 - 1000},
+	} {
 		t.Run(what, func(t *testing.T) {
 			g := walTo(begin + mb - 3000)
 			g.Append(bytes.Repeat([]byte("across"), 10000))
@@ -376,7 +381,7 @@ func TestSegmentIsNotSealedBeforeItsUnprovenBytesWereCompared(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := f.WriteAt(make([]byte, lost), 2*wal.PageSize); err != nil {
+			if _, err := f.WriteAt(make([]byte, lost.n), 2*wal.PageSize+lost.from); err != nil {
 				t.Fatal(err)
 			}
 			f.Close()
