@@ -236,7 +236,7 @@ func settle(d disk, f file) error {
 
 // feed gives the bytes of f from offset to end to the walker.
 func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end int64) error {
-	buf := make([]byte, min(1<<20, end-offset))
+	buf := make([]byte, min(64<<10, end-offset))
 	for offset < end {
 		if err := ctx.Err(); err != nil {
 			return err
