@@ -1,6 +1,7 @@
 package wal
 
 import (
+	"bytes"
 	"fmt"
 	"hash/crc32"
 )
@@ -384,10 +385,8 @@ func (w *Walker) startUnused() {
 func (w *Walker) followUnused(p []byte) ([]byte, error) {
 	n := min(uint64(len(p)), uint64(w.unusedEnd-w.pos))
 	if w.c.CheckCRC {
-		for i, b := range p[:n] {
-			if b != 0 {
-				return nil, &CorruptError{LSN: w.pos + LSN(i), Reason: "not zero after a switch of WAL"}
-			}
+		if i := nonZero(p[:n]); i >= 0 {
+			return nil, &CorruptError{LSN: w.pos + LSN(i), Reason: "not zero after a switch of WAL"}
 		}
 	}
 	w.pos += LSN(n)
@@ -398,6 +397,24 @@ func (w *Walker) followUnused(p []byte) ([]byte, error) {
 		}
 	}
 	return p[n:], nil
+}
+
+var zeros [PageSize]byte
+
+// nonZero is the index of the first byte of p that is not zero; -1: all are.
+func nonZero(p []byte) int {
+	for at := 0; at < len(p); at += len(zeros) {
+		some := p[at:min(at+len(zeros), len(p))]
+		if bytes.Equal(some, zeros[:len(some)]) {
+			continue
+		}
+		for i, b := range some {
+			if b != 0 {
+				return at + i
+			}
+		}
+	}
+	return -1
 }
 
 // badRecord is the error for the record being followed.
