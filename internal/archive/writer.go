@@ -486,7 +486,7 @@ func sectorRest(lsn wal.LSN) int { return int(sector - lsn%sector) }
 // compareNext compares the beginning of p, up to the end of a segment or of what
 // is written, with the file, and returns how much that was.
 func (w *Writer) compareNext(p []byte) (int, error) {
-	const most = 128 << 10
+	const most = 16 << 10 // about what a reconnect compares
 	seg := w.segmentAt(w.pos)
 	if seg == nil {
 		return 0, fmt.Errorf("internal error: no open segment at %s", w.pos)
