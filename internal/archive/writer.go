@@ -565,6 +565,13 @@ func (w *Writer) current() (*segment, error) {
 		return nil, cmp.Or[error](err, &FileError{w.dir.pathOf(s.Name()), "is there already, so its segment cannot be written"})
 	}
 	f, err := w.openPartial(s)
+	if err == nil {
+		// Nothing in it counts, but a sync of it may have failed: ext4 then thinks
+		// that pages are on disk that are not, until it has forgotten them.
+		if err := settle(w.dir.disk, f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		name := s.Name() + partialSuffix
 		w.dir.distrusted[name] = true // until its name is durable
