@@ -122,7 +122,7 @@ func Open(path string) (*Dir, error) {
 	if !locked {
 		return nil, fmt.Errorf("archive directory %s: %w", path, ErrLocked)
 	}
-	d := &Dir{path: path, disk: osDisk(path), lock: lock, distrusted: map[string]bool{}}
+	d := &Dir{path: path, disk: osDisk(path), lock: lock}
 	if err := d.load(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -414,6 +414,14 @@ func (d *Dir) Free() (int64, error) {
 		return 0, fmt.Errorf("free space of %s: %w", d.path, err)
 	}
 	return free, nil
+}
+
+// distrust remembers that a sync of a file failed.
+func (d *Dir) distrust(name string) {
+	if d.distrusted == nil {
+		d.distrusted = map[string]bool{}
+	}
+	d.distrusted[name] = true
 }
 
 // pathOf is a file's path, for errors.

@@ -130,7 +130,7 @@ func (w *Writer) recover(ctx context.Context) error {
 		}
 		w.open = append(w.open, &segment{Segment: s, file: f})
 		if err := settle(w.dir.disk, f); err != nil {
-			w.dir.distrusted[s.Name()+partialSuffix] = true
+			w.dir.distrust(s.Name() + partialSuffix)
 			if err := f.DropCache(); err != nil {
 				return err
 			}
@@ -574,7 +574,7 @@ func (w *Writer) current() (*segment, error) {
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		name := s.Name() + partialSuffix
-		w.dir.distrusted[name] = true // until its name is durable
+		w.dir.distrust(name) // until its name is durable
 		if f, err = createFile(w.dir.disk, name, int64(s.Size), w.dir.fileMode()); err == nil {
 			delete(w.dir.distrusted, name)
 		}
@@ -594,7 +594,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 			continue
 		}
 		if err := s.file.SyncData(); err != nil {
-			w.dir.distrusted[s.Name()+partialSuffix] = true
+			w.dir.distrust(s.Name() + partialSuffix)
 			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
 		}
 		s.dirty = false
@@ -614,7 +614,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 // seal gives a full segment its final name.
 func (w *Writer) seal(s *segment) error {
 	if err := s.file.Sync(); err != nil {
-		w.dir.distrusted[s.Name()+partialSuffix] = true
+		w.dir.distrust(s.Name() + partialSuffix)
 		return err
 	}
 	if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {
