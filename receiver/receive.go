@@ -72,7 +72,7 @@ func (s *session) setHold() error {
 	if n := len(h.Forks); n > 0 {
 		s.hold = max(s.hold, h.Forks[n-1].End) // may have been acknowledged on the timeline before
 	}
-	s.hold = max(s.hold, s.writer.Durable())
+	s.hold = max(s.hold, s.writer.Promised())
 	if s.writer.Pos() == s.writer.Written() {
 		s.hold = max(s.hold, s.writer.Durable()+1) // nothing will be compared: new WAL has to show that it fits
 	}

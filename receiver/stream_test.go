@@ -358,3 +358,20 @@ func TestHandlingAMessageDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations for a message", n-generator)
 	}
 }
+
+// After a restart WAL is received again from a record that the server gave up, which no CRC covers. What was
+// acknowledged behind it stays acknowledged: the rig sees each flush position that would move the slot back.
+func TestFlushDoesNotGoBackToAnAbandonedRecord(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.wal.Abort(make([]byte, 40000), 3)
+		g.append(100, 1000)
+		g.start()
+		g.wantArchived()
+		g.serve(trickle(g.wal, 4<<10, 100*time.Millisecond))
+		g.restart()
+		g.sleep(time.Minute)
+		if u := g.last(); u.flush != g.wal.End() {
+			t.Errorf("%+v, want %s", u, g.wal.End())
+		}
+	})
+}

@@ -75,7 +75,10 @@ type Writer struct {
 	// record: bytes of an earlier process, or of a connection before this Writer,
 	// that count for nothing and are written again. 0: there are none to look at.
 	record, torn wal.LSN
-	aborted      *Aborted // kept aside by a Write, and not asked for yet
+	// promised is the end of the complete records that were here when the Writer was
+	// opened. An abandoned record before it is what written may be below it for.
+	promised wal.LSN
+	aborted  *Aborted // kept aside by a Write, and not asked for yet
 	// before says that the walker has seen the record before start. chained is
 	// false while nothing shows yet that a connection's WAL continues the archive.
 	before, chained bool
@@ -145,6 +148,7 @@ func (w *Writer) recover(ctx context.Context) error {
 		}
 	}
 	w.written = walker.Boundary()
+	w.promised = max(w.start, w.written)
 	if a := walker.Abandoned(); a != 0 {
 		w.written = min(w.written, a) // no CRC speaks for a record that was given up
 	}
@@ -360,6 +364,11 @@ func (w *Writer) Written() wal.LSN { return w.written }
 // not count, for its server may abandon it, and WAL is asked for again from its
 // start.
 func (w *Writer) Durable() wal.LSN { return w.durable }
+
+// Promised is up to where an earlier process may have acknowledged WAL. It is
+// above Durable where records follow one that the server gave up, which has to be
+// received again.
+func (w *Writer) Promised() wal.LSN { return max(w.durable, w.promised) }
 
 // Rewind makes the writer expect WAL from its resume point on, for a new
 // connection, and returns that point. What is known already is compared.
