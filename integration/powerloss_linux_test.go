@@ -132,7 +132,7 @@ func TestPowerLoss(t *testing.T) {
 		}
 		fs.remount()
 		if have := agreesUntil(t, orders, s, checked); have < promised {
-			t.Fatalf("acknowledged is WAL up to %s, after the power loss the archive has the server's up to %s", promised, have)
+			t.Fatalf("acknowledged is WAL up to %s, on disk the archive has the server's up to %s", promised, have)
 		}
 		t.Logf("acknowledged were %d bytes more", promised-checked)
 		if promised == checked {
