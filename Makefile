@@ -7,7 +7,7 @@ integration_env = CGO_ENABLED=1 \
 	$(if $(wildcard /.dockerenv),TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1)
 
 # Those that make more of their faults when WALFLEET_TORTURE is set.
-torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestAcknowledgesWhatWasSynced
+torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced
 
 .PHONY: help build test test-unit torture lint demo images clean compiler tracer
 
@@ -23,7 +23,7 @@ test: compiler tracer images ## every test, those against real servers in contai
 test-unit: compiler ## the tests that need no containers
 	CGO_ENABLED=1 go test -race -count=1 $$(go list ./... | grep -v '/integration\b')
 
-torture: compiler tracer images ## kills, power losses and traced runs, many times over: about 10 minutes
+torture: compiler tracer images ## kills, power losses, failing disks and traced runs, many times over: 5 to 10 minutes
 	$(integration_env) WALFLEET_TORTURE=1 go test -race -count=1 -v -timeout 60m \
 		-run '^($(torture_tests))$$' ./integration
 
