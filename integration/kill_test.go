@@ -188,10 +188,12 @@ func killOften(t *testing.T, size wal.SegmentSize, kills int) {
 	p.stderr.await(t, "streaming started")
 	checked := s.size.Start(streamingFrom(t, p))
 
-	var again []int // bytes received again, of each start
-	for range kills {
+	const usual, early = 1200 * time.Millisecond, 100 * time.Millisecond // within which a kill comes
+	limit := usual
+	var again []int // bytes received again, of the starts that streamed
+	for n := range kills {
 		load := startLoad(t, s)
-		moment(random, 1200*time.Millisecond)
+		moment(random, limit)
 		sampled := s.sender(t, "walfleet").flush
 		p.signal(t, syscall.SIGKILL)
 		p.exit(t)
@@ -208,23 +210,20 @@ func killOften(t *testing.T, size wal.SegmentSize, kills int) {
 		checked = promised
 
 		p = startProgram(t, config)
-		if random.IntN(4) > 0 { // else the next kill may come while it begins
-			p.stderr.await(t, "streaming started")
-		}
-		from := streamingFrom(t, p)
-		if from == 0 {
+		if n%4 == 3 {
+			limit = early // the next kill comes while it begins
 			continue
 		}
+		limit = usual
+		p.stderr.await(t, "streaming started")
+		from := streamingFrom(t, p)
 		again = append(again, int(have-from))
 		if from > complete || complete-from > 16<<10 {
 			t.Errorf("streaming goes on at %s, the last complete record ends at %s, and WAL at %s", from, complete, have)
 		}
 	}
 	slices.Sort(again)
-	if len(again) < kills/2 {
-		t.Fatalf("of %d starts %d streamed", kills, len(again))
-	}
-	t.Logf("%d kills; of %d starts that streamed, the median received %d bytes again, the worst %d",
+	t.Logf("%d kills; in %d starts that streamed, the median received %d bytes again, the worst %d",
 		kills, len(again), again[len(again)/2], again[len(again)-1])
 	awaitSlotFlushed(t, s, "walfleet", s.end(t))
 	p.signal(t, syscall.SIGTERM)
