@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -64,9 +65,25 @@ func (fs loopFS) remount() {
 	if err := unix.Unmount(fs.path, 0); err != nil {
 		fs.t.Fatalf("unmount %s: %v", fs.path, err)
 	}
+	// A container that is being started can have a copy of the mount for a moment.
+	await(fs.t, patience, "no loop device has "+fs.image, func() (bool, string) {
+		device := fs.device()
+		return device == "", device
+	})
 	if err := fs.mount(); err != nil {
 		fs.t.Fatal(err)
 	}
+}
+
+// device is the loop device's directory in /sys/block; "" when there is none.
+func (fs loopFS) device() string {
+	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, file := range files {
+		if text, err := os.ReadFile(file); err == nil && strings.TrimSpace(string(text)) == fs.image {
+			return filepath.Dir(filepath.Dir(file))
+		}
+	}
+	return ""
 }
 
 // Control requests of ext4 (FS_IOC_SHUTDOWN) and of every file system (linux/fs.h).
