@@ -46,6 +46,7 @@ func mountLoop(t testing.TB, dir string, size int64) loopFS {
 		if err := unix.Unmount(fs.path, 0); err != nil && err != unix.EINVAL { // EINVAL: not mounted
 			t.Errorf("unmount %s: %v", fs.path, err)
 		}
+		fs.awaitGone()
 	})
 	return fs
 }
@@ -65,14 +66,19 @@ func (fs loopFS) remount() {
 	if err := unix.Unmount(fs.path, 0); err != nil {
 		fs.t.Fatalf("unmount %s: %v", fs.path, err)
 	}
-	// A container that is being started can have a copy of the mount for a moment.
+	fs.awaitGone()
+	if err := fs.mount(); err != nil {
+		fs.t.Fatal(err)
+	}
+}
+
+// awaitGone waits until no mount of it is left: a container that is being started can have a copy for a moment.
+func (fs loopFS) awaitGone() {
+	fs.t.Helper()
 	await(fs.t, patience, "no loop device has "+fs.image, func() (bool, string) {
 		device := fs.device()
 		return device == "", device
 	})
-	if err := fs.mount(); err != nil {
-		fs.t.Fatal(err)
-	}
 }
 
 // device is the loop device's directory in /sys/block; "" when there is none.
