@@ -26,6 +26,7 @@ test-unit: compiler ## the tests that need no containers
 torture: compiler tracer images ## kills, power losses, failing disks and traced runs, many times over: 5 to 10 minutes
 	$(integration_env) WALFLEET_TORTURE=1 go test -race -count=1 -v -timeout 60m \
 		-run '^($(torture_tests))$$' ./integration
+	WALFLEET_CRASH_POINTS=100000 go test -count=1 -v -timeout 60m -run '^TestNothingIs' ./internal/archive
 
 lint: ## formatting, go vet, staticcheck, syntax of the scripts
 	@unformatted=$$(gofmt -l .) && if [ -n "$$unformatted" ]; then \
