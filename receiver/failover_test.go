@@ -77,7 +77,7 @@ func (g *rig) setHosts(order []string, servers map[string]*pgtest.Server) {
 func (g *rig) follower(histories map[wal.Timeline][]byte, had ...*pgtest.WAL) *pgtest.Server {
 	srv := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Standby: true})
 	srv.Do(func(s *pgtest.State) {
-		s.Histories = maps.Clone(histories)
+		maps.Copy(s.Histories, histories)
 		s.Timeline = max(1, slices.Max(append(slices.Collect(maps.Keys(histories)), 1)))
 		for _, w := range had {
 			s.Publish(w)
@@ -309,4 +309,292 @@ func wantCascade(g *rig, forks []wal.LSN) {
 		}
 	}
 	g.wantOwnTimeline(g.srv)
+}
+
+// The old primary comes back as a follower of the new one, and is promoted again, while the one that it replaces is
+// gone, or goes on as if nothing had happened.
+func TestFailback(t *testing.T) {
+	for _, order := range [][]string{{"old", "new"}, {"new", "old"}} {
+		for name, zombie := range map[string]bool{"the other is gone": false, "the other goes on": true} {
+			for _, restart := range []bool{true, false} {
+				t.Run(fmt.Sprintf("%s first, %s, restart %t", order[0], name, restart), func(t *testing.T) {
+					t.Parallel()
+					bubble(t, func(g *rig) { failBack(g, order, zombie, restart) })
+				})
+			}
+		}
+	}
+}
+
+func failBack(g *rig, order []string, zombie, restart bool) {
+	g.setHosts(order, map[string]*pgtest.Server{"old": g.srv})
+	g.start()
+	g.growCurrent(origin + 100*kb)
+	g.wantArchived()
+	first := g.wal
+	fresh := g.follower(nil, first)
+	g.srv.Close()
+	g.promoteServer(fresh, 2, first.End(), 3)
+	g.hosts(map[string]*pgtest.Server{"new": fresh})
+	g.sleep(time.Minute)
+	g.wantArchived()
+	g.wantHost("new:5432")
+
+	var histories map[wal.Timeline][]byte
+	fresh.Do(func(s *pgtest.State) { histories = s.Histories })
+	old := g.follower(histories, first, g.wal) // rewound
+	g.hosts(map[string]*pgtest.Server{"old": old, "new": fresh})
+	g.grow(fresh, 2, origin+mb+100*kb)
+	g.sleep(time.Minute)
+	g.wantArchived()
+	g.wantHost("new:5432")
+
+	if restart {
+		g.stop()
+	}
+	second := g.wal
+	old.Publish(second)
+	fork := second.End()
+	g.promoteServer(old, 3, fork, 3)
+	if zombie {
+		stray := second.Fork(fork, 3) // WAL of timeline 2 that nobody else has
+		stray.Append([]byte("nobody has told it"))
+		g.forgetAcknowledged()
+	} else {
+		fresh.Close()
+	}
+	if restart {
+		g.start()
+	}
+	g.sleep(2 * time.Minute)
+	g.wantArchived()
+	g.wantHost("old:5432")
+	g.grow(old, 3, origin+2*mb+100*kb)
+	g.restart()
+	g.wantArchived()
+	g.wantHost("old:5432")
+	g.wantBytes(1, origin, first.End())
+	g.wantBytes(2, origin, fork)
+	g.wantBytes(3, origin+mb, g.wal.End())
+	g.wantOwnTimeline(g.srv, fresh, old)
+}
+
+// Two promotions happened while the old primary was dead, and the archive has WAL that none of the new ones has: the
+// timeline in between is archived, too.
+func TestLostTailBeforeTwoPromotions(t *testing.T) {
+	for _, restart := range []bool{true, false} {
+		t.Run(fmt.Sprintf("restart %t", restart), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(g *rig) {
+				g.growCurrent(origin + 100*kb)
+				fork, first := g.wal.End(), g.wal.Fork(g.wal.End(), 2)
+				g.growCurrent(origin + 2*mb + 100*kb)
+				g.start()
+				g.wantArchived()
+				if restart {
+					g.stop()
+				} else {
+					g.cut()
+				}
+				g.forgetAcknowledged()
+				g.wal = first
+				g.srv.Do(func(s *pgtest.State) { s.Promote(g.wal, fork) })
+				g.grow(g.srv, 2, origin+mb+100*kb)
+				second := g.wal.End()
+				g.promote(3, second, 3)
+				if restart {
+					g.start()
+				} else {
+					g.mend()
+				}
+				g.sleep(time.Minute)
+				g.wantArchived()
+				g.growCurrent(origin + 3*mb)
+				g.restart()
+				g.growCurrent(origin + 3*mb + 50*kb)
+				g.wantArchived()
+				g.wantBytes(1, origin, origin+2*mb+100*kb)
+				g.wantBytes(2, origin, second)
+				g.wantBytes(3, origin+mb, g.wal.End())
+			})
+		})
+	}
+}
+
+// A promoted standby has no slot of ours, and where its WAL begins is another matter than where a new slot would.
+func TestNewPrimaryWithoutTheSlot(t *testing.T) {
+	for name, tt := range map[string]struct {
+		oldest wal.LSN // what the new primary still has
+		redo   wal.LSN // what a new slot reserves
+		onGap  string
+		state  State
+	}{
+		"that has everything":              {origin, origin + 100*kb, GapHalt, Streaming},
+		"whose new slot begins behind us":  {origin, origin + 2*mb + 300*kb, GapHalt, Streaming},
+		"that has our segment still":       {origin + mb + 5, origin + 2*mb + 300*kb, GapHalt, Streaming},
+		"that no longer has what is next":  {origin + 2*mb, origin + 2*mb + 300*kb, GapHalt, Halted},
+		"that no longer has it, and so be": {origin + 2*mb, origin + 2*mb + 300*kb, GapRecord, Streaming},
+	} {
+		for _, restart := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, restart %t", name, restart), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(g *rig) {
+					g.cfg.OnGap = tt.onGap
+					g.setHosts([]string{"old", "new"}, map[string]*pgtest.Server{"old": g.srv})
+					g.start()
+					g.growCurrent(origin + mb + 100*kb)
+					g.wantArchived()
+					tail := g.wal.End()
+					if restart {
+						g.stop()
+					}
+					before := g.files()
+					g.srv.Close()
+					g.grow(g.srv, 1, origin+2*mb+100*kb) // never seen by us
+					fresh := g.follower(nil, g.wal)
+					fork := g.wal.End()
+					g.promoteServer(fresh, 2, fork, 0)
+					g.grow(fresh, 2, origin+2*mb+500*kb)
+					fresh.Do(func(s *pgtest.State) { s.Oldest, s.Redo = tt.oldest, tt.redo })
+					g.hosts(map[string]*pgtest.Server{"new": fresh})
+					if tt.onGap == GapRecord {
+						g.mu.Lock()
+						g.missing = origin + 2*mb
+						g.mu.Unlock()
+					}
+					if restart {
+						g.start()
+					}
+					g.sleep(2 * time.Minute)
+					if tt.state == Halted {
+						g.want(Halted, "no longer has the WAL that comes next, timeline 1 from "+tail.String())
+						after := g.files()
+						delete(after, wal.HistoryName(2))
+						if !maps.Equal(before, after) {
+							t.Error("the archive changed")
+						}
+						return
+					}
+					g.wantArchived()
+					if tt.onGap == GapHalt {
+						for _, st := range fresh.Streams()[:1] {
+							if r := st.Request(); r.Timeline != 1 || r.LSN > tail || r.LSN < tail-2*wal.PageSize {
+								t.Errorf("%+v, the archive ended on timeline 1 at %s", r, tail)
+							}
+						}
+						g.wantBytes(1, origin, fork)
+					}
+					g.wantBytes(2, origin+2*mb, g.wal.End())
+					fresh.Do(func(s *pgtest.State) {
+						if slot := s.Slots[g.cfg.Slot]; slot == nil || slot.RestartLSN != g.wal.End() {
+							t.Errorf("slot %+v, want it at %s", slot, g.wal.End())
+						}
+					})
+					g.restart()
+					g.grow(fresh, 2, origin+3*mb+100*kb)
+					g.wantArchived()
+					g.wantBytes(2, origin+2*mb, g.wal.End())
+					g.wantOwnTimeline(fresh)
+				})
+			})
+		}
+	}
+}
+
+// A slot can be behind what was acknowledged: after a crash it is what was saved last. It is no place to resume from.
+func TestSlotBehindTheArchiveIsNotResumedFrom(t *testing.T) {
+	for _, restart := range []bool{true, false} {
+		t.Run(fmt.Sprintf("restart %t", restart), func(t *testing.T) {
+			bubble(t, func(g *rig) {
+				g.start()
+				g.growCurrent(origin + 2*mb + 100*kb)
+				g.wantArchived()
+				tail, received := g.wal.End(), g.r.Status().ReceivedBytes
+				if restart {
+					g.stop()
+					received = 0
+				}
+				g.srv.Disconnect()
+				g.srv.Do(func(s *pgtest.State) { s.Slots[g.cfg.Slot].RestartLSN = origin + 50*kb })
+				if restart {
+					g.start()
+				}
+				g.sleep(time.Minute)
+				g.growCurrent(origin + 2*mb + 200*kb)
+				g.wantArchived()
+				if r := g.stream().Request(); r.LSN > tail || r.LSN < tail-2*wal.PageSize {
+					t.Errorf("%+v, the archive ended at %s", r, tail)
+				}
+				again := g.r.Status().ReceivedBytes - received - int64(g.wal.End()-tail)
+				if again < 0 || again > 2*wal.PageSize {
+					t.Errorf("%d bytes were received again", again)
+				}
+				if slot := g.slot(); slot.RestartLSN != g.wal.End() {
+					t.Errorf("slot %s, want %s", slot.RestartLSN, g.wal.End())
+				}
+			})
+		})
+	}
+}
+
+// A PolarDB node that is promoted stays on its timeline and goes on after the last complete record: what the archive
+// has of a torn one, several segments of it, is replaced; of what is complete, nothing is.
+func TestTornRecordOfSeveralSegmentsIsReplaced(t *testing.T) {
+	for name, instead := range map[string]func(w *pgtest.WAL){
+		"nothing at first":     func(*pgtest.WAL) {},
+		"less, on one page":    func(w *pgtest.WAL) { w.Append([]byte("instead")) },
+		"less":                 func(w *pgtest.WAL) { w.Append(bytes.Repeat([]byte("instead"), mb/5)) },
+		"more":                 func(w *pgtest.WAL) { w.Append(bytes.Repeat([]byte("instead"), mb/2)) },
+		"another, torn again":  func(w *pgtest.WAL) { w.Append(bytes.Repeat([]byte("instead"), 4*mb/7)) },
+		"up to a page's start": func(w *pgtest.WAL) { w.FillTo(origin + mb + 16*wal.PageSize) },
+	} {
+		for _, restart := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, restart %t", name, restart), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(g *rig) {
+					g.srv.Do(func(s *pgtest.State) { s.Settings = map[string]string{"polar_version": "2.0.15.2.0"} })
+					g.wal = newWAL(g.size) // of zeros alone: retell can make it again
+					g.appendTo(origin + 900*kb)
+					complete := g.wal.End()
+					records := len(g.wal.Boundaries())
+					g.wal.Append(make([]byte, 3*mb))
+					g.publishTo(1, complete+3*mb-5000)
+					g.start()
+					g.sleep(g.cfg.StatusInterval)
+					if u := g.last(); u.flush != complete || u.write != complete+3*mb-5000 {
+						t.Fatalf("%+v, want the torn record alone unacknowledged", u)
+					}
+					if restart {
+						g.stop()
+					}
+					g.retell(records, func(*pgtest.WAL) {})
+					g.know(1, g.wal)
+					instead(g.wal)
+					end := g.wal.End()
+					if name == "another, torn again" {
+						end = complete + 3*mb
+					}
+					g.publishTo(1, end)
+					if restart {
+						g.start()
+					}
+					g.sleep(time.Minute)
+					g.want(Streaming)
+					if u := g.last(); name != "nothing at first" && name != "another, torn again" && u.flush != end {
+						t.Errorf("%+v, want flush %s", u, end)
+					}
+					g.restart()
+					g.growCurrent(g.wal.End() + 100*kb)
+					g.sleep(5 * time.Second)
+					g.wantArchived()
+					g.wantBytes(1, origin, g.wal.End())
+					g.growCurrent(origin + 5*mb + 20*kb)
+					g.restart()
+					g.sleep(5 * time.Second)
+					g.wantArchived()
+					g.wantBytes(1, origin, g.wal.End())
+				})
+			})
+		}
+	}
 }
