@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -124,6 +125,27 @@ func (fs loopFS) freeze() (thaw func()) {
 	return thaw
 }
 
+// stop stops the program as a power loss does: at any instruction, and also while a call is in the kernel. One that
+// goes on would hear of success from an fdatasync that the loss of power overtook, since ext4 does not notice that.
+func (p *program) stop(t testing.TB) {
+	t.Helper()
+	p.signal(t, syscall.SIGSTOP)
+	await(t, patience, "every thread is stopped, or in a call that it will stop after", func() (bool, string) {
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.cmd.Process.Pid))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("no threads: %v", err)
+		}
+		states := ""
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if _, after, found := strings.Cut(string(text), ") "); err == nil && found {
+				states += after[:1]
+			}
+		}
+		return strings.Trim(states, "TD") == "", states
+	})
+}
+
 // TestPowerLoss has an archive whose disk loses, at random moments under load, what was not synced. What the server
 // was told is flushed is in the archive after the journal was replayed.
 func TestPowerLoss(t *testing.T) {
@@ -144,8 +166,8 @@ func TestPowerLoss(t *testing.T) {
 		load := startLoad(t, s)
 		moment(random, 1500*time.Millisecond)
 		sampled := s.sender(t, "walfleet").flush
+		p.stop(t)
 		fs.losePower()
-		p.stderr.await(t, "not archiving", "input/output error")
 		p.signal(t, syscall.SIGKILL)
 		p.exit(t)
 		load.stop()
