@@ -65,6 +65,7 @@ type metaDivergence struct {
 	LSN      string    `json:"lsn"`
 	Restart  string    `json:"restart"`
 	Kept     []Kept    `json:"kept"`
+	Gaps     []metaGap `json:"gaps,omitempty"`    // recorded before, from there on
 	Pending  bool      `json:"pending,omitempty"` // not all of Kept have their new names yet
 	Time     time.Time `json:"time"`
 	Reason   string    `json:"reason"`
@@ -174,8 +175,15 @@ func (d *Dir) AcceptDivergence(tli wal.Timeline, lsn wal.LSN, reason string) (Di
 		v.Kept = append(v.Kept, Kept{name, aside})
 	}
 	m := *d.meta
+	var gaps []metaGap
+	for i, g := range d.Gaps() {
+		if g.Timeline == tli && g.To > v.Restart {
+			gaps = append(gaps, d.meta.Gaps[i])
+		}
+	}
+	m.Gaps = slices.DeleteFunc(slices.Clone(m.Gaps), func(g metaGap) bool { return slices.Contains(gaps, g) })
 	m.Divergences = append(slices.Clone(m.Divergences), metaDivergence{
-		uint32(tli), lsn.String(), v.Restart.String(), v.Kept, true, v.Time, reason,
+		uint32(tli), lsn.String(), v.Restart.String(), v.Kept, gaps, true, v.Time, reason,
 	})
 	if err := d.writeMeta(&m); err != nil {
 		return v, err

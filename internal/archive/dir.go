@@ -470,6 +470,19 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 	return c, nil
 }
 
+// restarts are where the archive went on, on each timeline, by the last decision
+// about a divergence or a gap.
+func (d *Dir) restarts() map[wal.Timeline]wal.LSN {
+	restarts := map[wal.Timeline]wal.LSN{}
+	for _, v := range d.Divergences() {
+		restarts[v.Timeline] = v.Restart
+	}
+	for _, g := range d.Gaps() { // those behind a divergence were put aside with it
+		restarts[g.Timeline] = max(restarts[g.Timeline], g.To)
+	}
+	return restarts
+}
+
 // checkSealedSize refuses a file that has a complete segment's name and is none:
 // a copy that was cut short, say.
 func (d *Dir) checkSealedSize(name string, size wal.SegmentSize) error {
@@ -508,11 +521,11 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 			}
 		}
 	}
-	gaps := d.Gaps()
-	for _, g := range gaps {
-		t.Timeline = max(t.Timeline, g.Timeline)
+	restarts := d.restarts()
+	for tli := range restarts {
+		t.Timeline = max(t.Timeline, tli)
 	}
-	if ok = ok || len(gaps) > 0; !ok {
+	if ok = ok || len(restarts) > 0; !ok {
 		return Tail{}, false, nil
 	}
 	lowest := wal.LSN(math.MaxUint64)
@@ -526,14 +539,9 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 			t.Start = max(t.Start, s.End())
 		}
 	}
-	behindGap := false // nothing before it counts then
-	for _, g := range gaps {
-		if g.Timeline == t.Timeline && g.To >= t.Start {
-			t.Start, behindGap = g.To, true
-		}
-	}
-	if behindGap {
-		return t, ok, nil
+	if restart, ok := restarts[t.Timeline]; ok && restart >= t.Start {
+		t.Start = restart
+		return t, true, nil // nothing before it counts
 	}
 	if t.Start == 0 {
 		t.Start = lowest
