@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"math"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -136,6 +137,9 @@ func (d *Dir) load() error {
 	}
 	if err := d.readMeta(); err != nil {
 		return err
+	}
+	if info, err := os.Stat(d.pathOf(metaName)); err == nil {
+		d.group = info.Mode()&0o040 != 0 // until a server says so
 	}
 	if err := d.putAside(); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
