@@ -64,7 +64,7 @@ func (s *session) connect(ctx context.Context) error {
 		return order
 	})
 	chosen := 0
-	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.stray[c.conn.Host()] }); i >= 0 {
+	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.isStray(c) }); i >= 0 {
 		chosen = i
 	} else {
 		clear(s.stray) // all of them: it is not the host
@@ -72,7 +72,7 @@ func (s *session) connect(ctx context.Context) error {
 	for i, c := range fit {
 		if i != chosen {
 			c.conn.Close()
-			s.alternative = s.alternative || !s.stray[c.conn.Host()]
+			s.alternative = s.alternative || !s.isStray(c)
 		}
 	}
 	s.candidate, s.conninfo = fit[chosen], conninfo
@@ -80,6 +80,12 @@ func (s *session) connect(ctx context.Context) error {
 		s.log.Debug("host passed over", "error", err)
 	}
 	return nil
+}
+
+// isStray tells whether a host's WAL was not the archive's when it was tried last.
+// On a newer timeline it may be.
+func (s *session) isStray(c candidate) bool {
+	return s.stray[c.conn.Host()] == c.id.Timeline
 }
 
 func compareBool(a, b bool) int {

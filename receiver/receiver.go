@@ -55,13 +55,14 @@ type Receiver struct {
 	gap     *gapError
 	gapBy   string
 	pending chan<- outcome // of the decision under way; nil: none is
-	// stray are hosts whose WAL was not the archive's when they were tried last.
-	stray map[string]bool
+	// stray are hosts whose WAL was not the archive's when they were tried last, with
+	// their timelines.
+	stray map[string]wal.Timeline
 }
 
 // New makes a receiver that does nothing yet.
 func New(cfg Config, log *slog.Logger) *Receiver {
-	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name), decisions: make(chan decision), stray: map[string]bool{}}
+	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name), decisions: make(chan decision), stray: map[string]wal.Timeline{}}
 	r.state.Store(&Status{State: Connecting, Since: time.Now()})
 	return r
 }

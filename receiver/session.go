@@ -87,7 +87,7 @@ func (s *session) judgeHost(err error) error {
 	if !errors.As(err, &diverged) {
 		return err
 	}
-	s.stray[s.conn.Host()] = true
+	s.stray[s.conn.Host()] = s.id.Timeline
 	if !s.alternative {
 		return err
 	}
@@ -160,7 +160,10 @@ func (s *session) chooseStart(ctx context.Context) error {
 			return err
 		}
 		if !ok {
-			return s.begin(ctx)
+			if err := s.begin(ctx); err != nil || s.gap == nil {
+				return err
+			}
+			return s.skipGap(ctx)
 		}
 		if !s.dir.Bound() {
 			if err := s.bind(tail.First.Timeline, tail.First.Start, "existing files"); err != nil {
