@@ -87,6 +87,7 @@ func (r *Receiver) decide(what Decision, err error) bool {
 			r.answer("", err)
 			return false
 		}
+		r.stray = r.others
 		text := fmt.Sprintf("divergence accepted at timeline %d, %s: the archive goes on from %s with the server's WAL, %d files are kept aside as *.diverged; take a base backup now",
 			v.Timeline, v.LSN, v.Restart, len(v.Kept))
 		r.log.Error(text)

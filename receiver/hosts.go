@@ -67,7 +67,7 @@ func (s *session) connect(ctx context.Context) error {
 	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.isStray(c) }); i >= 0 {
 		chosen = i
 	} else {
-		clear(s.stray) // all of them: it is not the host
+		defer clear(s.stray) // all of them, this one was tried first: once more, one after the other
 	}
 	for i, c := range fit {
 		if i != chosen {

@@ -58,6 +58,9 @@ type Receiver struct {
 	// stray are hosts whose WAL was not the archive's when they were tried last, with
 	// their timelines.
 	stray map[string]wal.Timeline
+	// others are the hosts that become stray if a person accepts the divergence of
+	// the one that halted the cluster.
+	others map[string]wal.Timeline
 }
 
 // New makes a receiver that does nothing yet.

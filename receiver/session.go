@@ -89,6 +89,12 @@ func (s *session) judgeHost(err error) error {
 	}
 	s.stray[s.conn.Host()] = s.id.Timeline
 	if !s.alternative {
+		s.others = map[string]wal.Timeline{}
+		for _, host := range s.conninfo.Hosts() {
+			if host != s.conn.Host() {
+				s.others[host] = s.id.Timeline
+			}
+		}
 		return err
 	}
 	s.dropWriter() // it may have followed the other's WAL
