@@ -23,6 +23,7 @@ const (
 // decision is a Decision on its way to Run, which answers once.
 type decision struct {
 	what   Decision
+	since  time.Time      // of the halt that it is about
 	answer chan<- outcome // with room for one
 }
 
@@ -35,12 +36,13 @@ type outcome struct {
 // words. The error says why nothing was decided: above all, that the cluster is
 // not halted by what the decision is about. Any goroutine may call it.
 func (r *Receiver) Decide(ctx context.Context, what Decision) (string, error) {
-	if s := r.state.Load(); s.State != Halted {
+	s := r.state.Load()
+	if s.State != Halted {
 		return "", fmt.Errorf("cluster %s is not halted (it is %s): there is nothing to decide", r.cfg.Name, s.State)
 	}
 	answer := make(chan outcome, 1)
 	select {
-	case r.decisions <- decision{what, answer}:
+	case r.decisions <- decision{what, s.Since, answer}:
 	case <-ctx.Done():
 		return "", fmt.Errorf("cluster %s did not take the decision: %w", r.cfg.Name, ctx.Err())
 	}
@@ -65,6 +67,10 @@ func (r *Receiver) halt(ctx context.Context, pause time.Duration, err error) boo
 			return true
 		case d := <-r.decisions:
 			r.pending = d.answer
+			if !d.since.Equal(r.state.Load().Since) {
+				r.answer("", fmt.Errorf("cluster %s was looked at again meanwhile, decide again if you mean this: %w", r.cfg.Name, err))
+				continue
+			}
 			if r.decide(d.what, err) {
 				return true
 			}
@@ -79,7 +85,7 @@ func (r *Receiver) decide(what Decision, err error) bool {
 	var diverged *archive.DivergenceError
 	switch {
 	case what == AcceptGap && errors.As(err, &gap):
-		r.gap, r.gapBy = gap, string(what)
+		r.accepted = gap
 		return true
 	case what == AcceptDivergence && errors.As(err, &diverged):
 		v, err := r.acceptDivergence(diverged)

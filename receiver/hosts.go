@@ -64,7 +64,7 @@ func (s *session) connect(ctx context.Context) error {
 		return order
 	})
 	chosen := 0
-	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.isStray(c) }); i >= 0 {
+	if i := slices.IndexFunc(fit, func(c candidate) bool { return !s.isStray(c) }); i >= 0 && fit[i].id.InRecovery == fit[0].id.InRecovery {
 		chosen = i
 	} else {
 		defer clear(s.stray) // all of them, this one was tried first: once more, one after the other
@@ -72,7 +72,8 @@ func (s *session) connect(ctx context.Context) error {
 	for i, c := range fit {
 		if i != chosen {
 			c.conn.Close()
-			s.alternative = s.alternative || !s.isStray(c)
+			// A standby does not speak against a primary.
+			s.alternative = s.alternative || !s.isStray(c) && c.id.InRecovery == fit[chosen].id.InRecovery
 		}
 	}
 	s.candidate, s.conninfo = fit[chosen], conninfo
@@ -220,7 +221,7 @@ func (s *session) watchHosts(ctx context.Context, leave func(error)) (wait func(
 	group.Go(func() {
 		for sleep(ctx, hostInterval) {
 			for _, host := range s.conninfo.Order() {
-				if name := s.conninfo.Hosts()[host]; name == s.conn.Host() || s.stray[name] {
+				if s.conninfo.Hosts()[host] == s.conn.Host() {
 					continue
 				}
 				if err := s.superseded(ctx, host); err != nil {
@@ -247,7 +248,7 @@ func (s *session) superseded(ctx context.Context, host int) error {
 	defer c.conn.Close()
 	st := s.Status()
 	farther := c.id.Timeline > st.Timeline || c.id.Timeline == st.Timeline && c.id.XLogPos > st.ServerEnd
-	if c.id.InRecovery || archiveIdentity(c.id) != archiveIdentity(s.id) || !farther || continues(c, st.Timeline) != nil {
+	if c.id.InRecovery || archiveIdentity(c.id) != archiveIdentity(s.id) || s.isStray(c) || !farther || continues(c, st.Timeline) != nil {
 		return nil
 	}
 	return fmt.Errorf("%w: %s is a primary on timeline %d, %s, while %s is on timeline %d, %s",

@@ -94,6 +94,9 @@ func (s *stream) interruptible(ctx context.Context) error {
 	return s.loop(ctx)
 }
 
+// errWALThere is what becomes of accepting a gap that is none any more.
+var errWALThere = errors.New("the server has the missing WAL again; nothing was recorded")
+
 var errTimelineEnded = errors.New("the server ended the timeline")
 
 // loop receives until ctx is done (nil), or an error.
@@ -108,7 +111,7 @@ func (s *stream) loop(ctx context.Context) error {
 		if err := s.statusIfDue(); err != nil {
 			return err
 		}
-		if err := s.awaitSpace(ctx); err != nil {
+		if err := s.awaitSpace(ctx, 1); err != nil {
 			return err
 		}
 		s.noteCaughtUp()
@@ -129,14 +132,14 @@ func (s *stream) loop(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := s.handle(msg); err != nil {
+		if err := s.handle(ctx, msg); err != nil {
 			return err
 		}
 	}
 }
 
 // handle takes one message.
-func (s *stream) handle(msg pgrepl.Message) error {
+func (s *stream) handle(ctx context.Context, msg pgrepl.Message) error {
 	s.lastHeard, s.asked = time.Now(), false
 	s.now.lastMessage = s.lastHeard.UnixNano()
 	if msg.Kind == pgrepl.Done {
@@ -158,6 +161,9 @@ func (s *stream) handle(msg pgrepl.Message) error {
 	if msg.Start != s.writer.Pos() {
 		return &pgrepl.ProtocolError{Reason: fmt.Sprintf("WAL from %s on came where %s was next", msg.Start, s.writer.Pos())}
 	}
+	if err := s.awaitSpace(ctx, len(msg.Data)); err != nil || ctx.Err() != nil {
+		return err
+	}
 	s.now.received += int64(len(msg.Data))
 	before := s.writer.Written()
 	if err := s.writer.Write(msg.Start, msg.Data); err != nil {
@@ -167,6 +173,7 @@ func (s *stream) handle(msg pgrepl.Message) error {
 		}
 		return err
 	}
+	s.answer("", errWALThere)
 	if a := s.writer.TakeAborted(); a != nil {
 		s.log.Warn("the server replaced the archive's last incomplete record; what the archive had of it is kept aside",
 			"timeline", a.Timeline, "lsn", a.LSN, "end", a.End, "file", a.File)

@@ -51,10 +51,9 @@ type Receiver struct {
 	// hold keeps flush positions below it from being sent, which could move the
 	// slot back: it is what may have been acknowledged before.
 	hold wal.LSN
-	// gap is to be recorded by the next session; gapBy says who decided that.
-	gap     *gapError
-	gapBy   string
-	pending chan<- outcome // of the decision under way; nil: none is
+	// accepted is the gap that the next session may record.
+	accepted *gapError
+	pending  chan<- outcome // of the decision under way; nil: none is
 	// stray are hosts whose WAL was not the archive's when they were tried last, with
 	// their timelines.
 	stray map[string]wal.Timeline
@@ -82,7 +81,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		begun, before := time.Now(), r.now.flushed
 		streamed, err := r.guardedSession(ctx)
 		r.answer("", err)
-		r.gap = nil
+		r.accepted = nil
 		if ctx.Err() != nil {
 			if err != nil && !errors.Is(err, context.Canceled) {
 				r.log.Warn("stopped without a good-bye to the server", "error", err)
@@ -98,7 +97,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		t := classify(err)
 		var gap *gapError
 		if errors.As(err, &gap) && r.cfg.OnGap == GapRecord {
-			r.gap, r.gapBy, t = gap, "on_gap", trouble{Backoff, "gap", time.Second, ""}
+			t = trouble{Backoff, "gap", 0, ""} // it cannot be recorded yet
 		}
 		pause := t.pause
 		if t.state == Backoff && pause == 0 {

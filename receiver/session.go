@@ -55,7 +55,7 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		if err != nil {
 			return streamed, err
 		}
-		s.answer("", errors.New("the server has the missing WAL again; nothing was recorded"))
+
 		if stream != nil {
 			if !streamed {
 				s.now.streams++
@@ -166,10 +166,7 @@ func (s *session) chooseStart(ctx context.Context) error {
 			return err
 		}
 		if !ok {
-			if err := s.begin(ctx); err != nil || s.gap == nil {
-				return err
-			}
-			return s.skipGap(ctx)
+			return s.begin(ctx)
 		}
 		if !s.dir.Bound() {
 			if err := s.bind(tail.First.Timeline, tail.First.Start, "existing files"); err != nil {
@@ -184,42 +181,7 @@ func (s *session) chooseStart(ctx context.Context) error {
 	} else {
 		s.writer.Rewind()
 	}
-	if err := s.checkHistory(ctx); err != nil || s.gap == nil {
-		return err
-	}
-	return s.skipGap(ctx)
-}
-
-// skipGap writes down that the WAL which the server no longer has is missing for
-// good, and opens the writer behind it: at the slot's restart_lsn, else at the
-// server's current position.
-func (s *session) skipGap(ctx context.Context) error {
-	gap, by := s.gap, s.gapBy
-	s.gap = nil
-	from := s.writer.Durable()
-	if gap.tli != s.writer.Timeline() || gap.next != from {
-		s.answer("", fmt.Errorf("this gap is no more: the archive is at timeline %d, %s now", s.writer.Timeline(), from))
-		return nil // the server will say what it has
-	}
-	tli, to := s.gapEnd(ctx, s.conn, from)
-	if to <= from {
-		return gap // it is in the segment that the server writes: nothing to go on from
-	}
-	reason := fmt.Sprintf("%v (accepted by %s)", gap.err, by)
-	if err := s.dir.RecordGap(archive.Gap{Timeline: tli, From: from, To: to, Reason: reason, Time: time.Now()}); err != nil {
-		return err
-	}
-	s.log.Error("gap recorded: this WAL is missing in the archive for good, and no recovery can pass it; take a base backup now",
-		"timeline", tli, "from", from, "to", to, "by", by)
-	s.answer(fmt.Sprintf("gap recorded: WAL from %s to %s is missing for good, the archive goes on with timeline %d; no recovery can pass the gap: take a base backup now", from, to, tli), nil)
-	s.dropWriter()
-	s.hold = 0
-	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), tli, to)
-	if err != nil {
-		return err
-	}
-	s.writer = writer
-	return nil
+	return s.checkHistory(ctx)
 }
 
 // gapEnd is where an archive that ends at from can go on when the server no longer
@@ -386,19 +348,50 @@ func (s *session) renewSlot(ctx context.Context) error {
 }
 
 // noteGap recognises that the server no longer has the WAL that comes next. It
-// says so when streaming starts, or as the first thing in the stream.
+// says so when streaming starts, or as the first thing in the stream. A gap that
+// was accepted is written down.
 func (s *session) noteGap(ctx context.Context, err error) error {
 	if s.writer == nil || pgrepl.Code(err) != pgrepl.CodeUndefinedFile {
 		return err
 	}
 	gap := &gapError{tli: s.writer.Timeline(), next: s.writer.Durable(), err: err}
+	tli := gap.tli
 	// How much is missing is asked on a new connection: this one may still be in
 	// the middle of a stream.
 	if conn, err := s.conninfo.Connect(ctx, s.host, s.options()); err == nil {
 		defer conn.Close()
-		_, gap.to = s.gapEnd(ctx, conn, gap.next)
+		tli, gap.to = s.gapEnd(ctx, conn, gap.next)
+	}
+	if gap.to <= gap.next {
+		return gap // not known, or in the segment that the server writes: nothing to go on from yet
+	}
+	switch {
+	case s.cfg.OnGap == GapRecord:
+		return s.recordGap(gap, tli, "on_gap")
+	case s.accepted != nil && s.accepted.tli == gap.tli && s.accepted.next == gap.next:
+		return s.recordGap(gap, tli, string(AcceptGap))
 	}
 	return gap
+}
+
+// errGapRecorded ends the session in which a gap was written down; the next one
+// begins behind it.
+var errGapRecorded = errors.New("a gap was recorded, the archive goes on behind it")
+
+// recordGap writes down that the WAL of a gap is missing for good, and by whose
+// decision. The archive goes on with timeline tli.
+func (s *session) recordGap(gap *gapError, tli wal.Timeline, by string) error {
+	reason := fmt.Sprintf("%v (accepted by %s)", gap.err, by)
+	if err := s.dir.RecordGap(archive.Gap{Timeline: tli, From: gap.next, To: gap.to, Reason: reason, Time: time.Now()}); err != nil {
+		return err
+	}
+	s.log.Error("gap recorded: this WAL is missing in the archive for good, and no recovery can pass it; take a base backup now",
+		"timeline", tli, "from", gap.next, "to", gap.to, "by", by)
+	s.answer(fmt.Sprintf("gap recorded: WAL from %s to %s is missing for good, the archive goes on with timeline %d; no recovery can pass the gap: take a base backup now",
+		gap.next, gap.to, tli), nil)
+	s.dropWriter()
+	s.hold = 0
+	return errGapRecorded
 }
 
 // follow goes on with the next timeline, from the start of the segment in which

@@ -11,14 +11,15 @@ import (
 const spaceInterval = time.Second
 
 // awaitSpace returns once the archive's file system has min_free bytes left, and
-// room for the next segment where that is about to be made. Until then nothing is
+// room for another segment where n more bytes of WAL need one. Until then nothing is
 // read or written: WAL stays on the server, and status updates with the flush
 // position that was reached keep the connection.
-func (s *stream) awaitSpace(ctx context.Context) error {
-	if time.Now().Before(s.spaceAt) && !s.writer.SegmentDue() {
+func (s *stream) awaitSpace(ctx context.Context, n int) error {
+	due := s.writer.SegmentDue(n)
+	if !due && time.Now().Before(s.spaceAt) {
 		return nil
 	}
-	shortage, err := s.shortage()
+	shortage, err := s.shortage(due)
 	if err != nil || shortage == "" {
 		return err
 	}
@@ -36,7 +37,7 @@ func (s *stream) awaitSpace(ctx context.Context) error {
 		if !sleep(ctx, spaceInterval) {
 			return nil
 		}
-		if shortage, err = s.shortage(); err != nil {
+		if shortage, err = s.shortage(due); err != nil {
 			return err
 		}
 	}
@@ -48,8 +49,9 @@ func (s *stream) awaitSpace(ctx context.Context) error {
 	return nil
 }
 
-// shortage says what room is missing; "": none.
-func (s *stream) shortage() (string, error) {
+// shortage says what room is missing, for another segment too where that is due;
+// "": none.
+func (s *stream) shortage(due bool) (string, error) {
 	s.spaceAt = time.Now().Add(spaceInterval)
 	free, err := s.dir.Free()
 	if s.free != nil {
@@ -61,7 +63,7 @@ func (s *stream) shortage() (string, error) {
 	if free < s.cfg.MinFree {
 		return fmt.Sprintf("%s has %s left, less than min_free = %s", s.cfg.Dir, megabytes(free), megabytes(s.cfg.MinFree)), nil
 	}
-	if size := int64(s.id.SegmentSize); s.writer.SegmentDue() && free-size < s.cfg.MinFree {
+	if size := int64(s.id.SegmentSize); due && free-size < s.cfg.MinFree {
 		return fmt.Sprintf("%s has %s left, and the next segment needs %s above min_free = %s: no space left on device",
 			s.cfg.Dir, megabytes(free), megabytes(size), megabytes(s.cfg.MinFree)), nil
 	}

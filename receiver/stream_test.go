@@ -346,7 +346,7 @@ func TestHandlingAMessageDoesNotAllocate(t *testing.T) {
 	pos := origin
 	message := func() {
 		to := pos + 10000
-		if err := st.handle(pgrepl.Message{Kind: pgrepl.WALData, Start: pos, Data: w.Bytes(pos, to), ServerEnd: w.End()}); err != nil {
+		if err := st.handle(t.Context(), pgrepl.Message{Kind: pgrepl.WALData, Start: pos, Data: w.Bytes(pos, to), ServerEnd: w.End()}); err != nil {
 			t.Fatal(err)
 		}
 		st.publish()

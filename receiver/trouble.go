@@ -114,6 +114,8 @@ func classify(err error) trouble {
 	switch {
 	case errors.As(err, &aborted):
 		return trouble{Backoff, "aborted record", time.Millisecond, ""}
+	case errors.Is(err, errGapRecorded):
+		return trouble{Backoff, "gap recorded", time.Millisecond, ""}
 	case errors.As(err, &gap):
 		return halted("gap", "no recovery can pass the missing WAL: run \"walfleet accept-gap CLUSTER\" to write the gap down and go on behind it, then take a base backup; or move the cluster's directory away to begin a new archive")
 	case errors.As(err, &stray):

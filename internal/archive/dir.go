@@ -112,7 +112,7 @@ type metaOrigin struct {
 // Open makes the directory when it is missing, and locks it. The error is
 // ErrLocked when another process has it.
 func Open(path string) (*Dir, error) {
-	if err := makeDir(path, 0o700); err != nil {
+	if err := MakeDir(path, 0o700); err != nil {
 		return nil, fmt.Errorf("archive directory: %w", err)
 	}
 	lock := flock.New(filepath.Join(path, lockName), flock.SetPermissions(0o600))

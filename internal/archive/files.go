@@ -227,11 +227,11 @@ func syncDir(path string) error {
 	return nil
 }
 
-// makeDir makes a directory and its missing parents, each durably.
-func makeDir(path string, mode fs.FileMode) error {
+// MakeDir makes a directory and its missing parents, each durably.
+func MakeDir(path string, mode fs.FileMode) error {
 	err := os.Mkdir(path, mode)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := makeDir(filepath.Dir(path), mode); err != nil {
+		if err := MakeDir(filepath.Dir(path), mode); err != nil {
 			return err
 		}
 		err = os.Mkdir(path, mode)

@@ -263,9 +263,6 @@ func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end in
 // before.
 func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool) (*wal.Walker, error) {
 	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC}
-	if w.dir.accepted(w.timeline, start) {
-		return wal.NewWalker(config), nil
-	}
 	f, name, err := w.openSealedBefore(start)
 	if f == nil || err != nil {
 		return wal.NewWalker(config), err
@@ -316,6 +313,9 @@ func (w *Writer) openSealedBefore(start wal.LSN) (f file, name string, err error
 		}
 	}
 	for _, tli := range timelines {
+		if w.dir.accepted(tli, start) {
+			return nil, "", nil // what is before it is another server's
+		}
 		name := w.id.SegmentSize.Segment(tli, start-1).Name()
 		f, err := w.dir.disk.Open(name)
 		if !errors.Is(err, fs.ErrNotExist) {
@@ -381,10 +381,11 @@ func (w *Writer) Rewind() wal.LSN {
 	return w.pos
 }
 
-// SegmentDue reports whether the next Write makes a new file, which needs room
-// for a whole segment.
-func (w *Writer) SegmentDue() bool {
-	return w.pos == w.written && w.segmentAt(w.written) == nil
+// SegmentDue reports whether writing n more bytes, at least one, makes a new
+// file, which needs room for a whole segment.
+func (w *Writer) SegmentDue(n int) bool {
+	last := w.pos + wal.LSN(n) - 1
+	return last >= w.written && w.segmentAt(last) == nil
 }
 
 // SealDue reports whether a segment waits to be sealed by Flush. None is while
@@ -427,7 +428,11 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 		}
 		n := min(uint64(len(p)), uint64(seg.End()-w.written))
 		if w.written < w.torn {
-			if err := w.keepTorn(seg, p[:n]); err != nil {
+			err := w.keepTorn(seg, p[:n])
+			if diverged := new(DivergenceError); errors.As(err, &diverged) {
+				return err
+			}
+			if err != nil {
 				return fmt.Errorf("keeping an aborted record of timeline %d, %s aside: %w", w.timeline, w.record, err)
 			}
 		}
@@ -444,14 +449,19 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 
 // keepTorn compares what is about to be written at written, into seg, with what
 // an incomplete record left there, and keeps that record aside when it is
-// another one. Sectors that read as zeros were lost, and tell nothing.
+// another one. What complete records behind one that was given up prove may have
+// been acknowledged: there it is a divergence. Sectors that read as zeros were lost, and tell nothing.
 func (w *Writer) keepTorn(seg *segment, p []byte) error {
 	have := make([]byte, min(uint64(len(p)), uint64(w.torn-w.written)))
 	if _, err := seg.file.ReadAt(have, int64(w.written-seg.Start)); err != nil {
 		return err
 	}
-	if !differs(w.written, have, p) {
+	at, other := differs(w.written, have, p)
+	if !other {
 		return nil
+	}
+	if at < w.promised {
+		return &DivergenceError{Timeline: w.timeline, LSN: at}
 	}
 	a, err := w.dir.saveAborted(w.id.SegmentSize, w.timeline, w.record, w.torn)
 	if err != nil {
@@ -469,20 +479,22 @@ func (w *Writer) TakeAborted() *Aborted {
 	return a
 }
 
-// differs tells whether have, which stands at lsn in a file, has other bytes than
-// p. What reads as zeros up to the end of a sector was never written, or lost.
-func differs(lsn wal.LSN, have, p []byte) bool {
+// differs finds the first byte of have, which stands at lsn in a file, that is
+// another one than p's. What reads as zeros up to the end of a sector was never
+// written, or lost.
+func differs(lsn wal.LSN, have, p []byte) (at wal.LSN, other bool) {
 	for i := 0; i < len(have); i++ {
 		if have[i] == p[i] {
 			continue
 		}
-		end := min(len(have), i+sectorRest(lsn+wal.LSN(i)))
+		at = lsn + wal.LSN(i)
+		end := min(len(have), i+sectorRest(at))
 		if !isZero(have[i:end]) {
-			return true
+			return at, true
 		}
 		i = end - 1
 	}
-	return false
+	return 0, false
 }
 
 // sector is the least that a disk writes as a whole, in bytes. A sector that a

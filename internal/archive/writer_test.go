@@ -523,7 +523,7 @@ func TestAbandonedRecordComesAgainAfterARestart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := f.WriteAt(make([]byte, 2000), int64(page-begin)-6000); err != nil {
+		if _, err := f.WriteAt(make([]byte, 2048), int64(page-begin)-6144); err != nil {
 			t.Fatal(err)
 		}
 		if err := f.Close(); err != nil {

@@ -26,6 +26,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/receiver"
 )
 
@@ -51,7 +52,8 @@ type decider interface {
 // missing. A socket that a daemon left behind is replaced, one that answers is an
 // error. It changes the process's umask for a moment.
 func Listen(runtimeDir string) (net.Listener, error) {
-	if err := os.MkdirAll(runtimeDir, 0o700); err != nil {
+	// It may be the directory of all archives, whose name has to last.
+	if err := archive.MakeDir(runtimeDir, 0o700); err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
 	path := filepath.Join(runtimeDir, socketName)
