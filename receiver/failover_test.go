@@ -356,10 +356,11 @@ func failBack(g *rig, order []string, zombie, restart bool) {
 	old.Publish(second)
 	fork := second.End()
 	g.promoteServer(old, 3, fork, 3)
-	if zombie {
-		stray := second.Fork(fork, 3) // WAL of timeline 2 that nobody else has
-		stray.Append([]byte("nobody has told it"))
+	if zombie { // nobody has told it; what it still writes may get here
+		second.Append(make([]byte, 30*kb))
+		g.know(2, second)
 		g.forgetAcknowledged()
+		fresh.Publish(second)
 	} else {
 		fresh.Close()
 	}
