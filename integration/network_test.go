@@ -105,4 +105,3 @@ func TestGoesOnAfterNetworkFaults(t *testing.T) {
 		t.Logf("%s: %d reconnects, %d bytes received again of %d", f.name, st.Reconnects, again, st.ReceivedBytes)
 	}
 }
-

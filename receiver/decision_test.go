@@ -2,6 +2,7 @@ package receiver
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -212,5 +213,119 @@ func TestAcceptedDivergenceAtASegmentsStart(t *testing.T) {
 		g.mu.Lock()
 		copy(g.truth[1].bytes, data)
 		g.mu.Unlock()
+	})
+}
+
+// A gap in front of an archive that has no segment yet can be accepted.
+func TestGapBeforeTheFirstSegmentIsAccepted(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.appendTo(origin + 3*mb + 5000)
+		// The WAL is removed between the look at the slot and the start of streaming, or while the disk is full.
+		g.srv.Do(func(s *pgtest.State) { s.Oldest = origin + 2*mb })
+		g.start()
+		g.sleep(time.Second)
+		g.want(Halted, "no longer has")
+		g.srv.Do(func(s *pgtest.State) { s.Slots[g.cfg.Slot].RestartLSN = origin + 2*mb + 700 })
+		g.mu.Lock()
+		g.missing = origin + 2*mb
+		g.mu.Unlock()
+		g.decide(AcceptGap, false, "gap recorded")
+		g.sleep(time.Second)
+		g.wantArchived()
+	})
+}
+
+// A person who accepts a host's WAL gets that host's WAL, not that of another one which came back meanwhile.
+func TestAcceptedDivergenceIsForTheHostThatHalted(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=old,new user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"old": g.srv})
+		g.start()
+		g.append(5, 500)
+		g.wantArchived()
+		fresh, w := g.strayFrom(4) // promoted on the same timeline, without the end of the old one's WAL
+		g.hosts(map[string]*pgtest.Server{"new": fresh})
+		g.srv.Disconnect()
+		g.sleep(time.Minute)
+		g.want(Halted, "differs from the archive")
+		g.wantHost("new:5432")
+		g.hosts(map[string]*pgtest.Server{"old": g.srv, "new": fresh}) // the old one is started again by mistake
+		g.mu.Lock()
+		g.goesBack, g.acked = true, 0
+		g.truth[1] = image{w.Bytes(origin, w.End()), w.Boundaries()}
+		clear(g.judged)
+		g.mu.Unlock()
+		g.decide(AcceptDivergence, false, "divergence accepted")
+		g.sleep(2 * time.Second)
+		g.wantHost("new:5432")
+		if s := g.r.Status(); s.State != Streaming || s.Flushed != w.End() {
+			t.Errorf("%s, flushed %s: not the accepted host's WAL, which ends at %s", s.State, s.Flushed, w.End())
+		}
+	})
+}
+
+// One word ends one halt: a request that waits does not answer a question that nobody has seen.
+func TestDecisionThatWaitsIsNotForALaterHalt(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.append(5, 500)
+		g.wal.FillTo(origin + mb)
+		g.append(5, 500)
+		g.start()
+		g.wantArchived()
+		// Other WAL from the first segment on, noticed in the second: two places, one after the other.
+		w := newWAL(g.size)
+		w.Append([]byte("the other"))
+		w.FillTo(origin + mb)
+		w.Append(make([]byte, 700))
+		g.srv.Disconnect()
+		g.srv.Publish(w)
+		g.sleep(time.Minute)
+		g.want(Halted)
+		first := g.r.Status().Reason
+		g.mu.Lock()
+		g.goesBack, g.acked = true, 0
+		g.truth[1] = image{w.Bytes(origin, w.End()), w.Boundaries()}
+		g.missing = origin + mb
+		clear(g.judged)
+		g.mu.Unlock()
+		answers := make(chan string, 2)
+		for range 2 { // a person who is impatient
+			go func() {
+				ctx, cancel := context.WithTimeout(g.Context(), time.Minute)
+				defer cancel()
+				text, err := g.r.Decide(ctx, AcceptDivergence)
+				answers <- fmt.Sprint(text, err)
+			}()
+		}
+		a, b := <-answers, <-answers
+		if strings.Contains(a, "divergence accepted") && strings.Contains(b, "divergence accepted") {
+			t.Errorf("halted by: %s\n1: %s\n2: %s\na second divergence was accepted by a request from before it was known", first, a, b)
+		}
+		g.stop()
+		data, err := os.ReadFile(filepath.Join(g.cfg.Dir, g.name(1, 0)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.mu.Lock()
+		copy(g.truth[1].bytes, data) // the sealed segment is the other server's, and stays
+		g.mu.Unlock()
+	})
+}
+
+// A gap is what no server has: where one has the WAL again, or another host does, nothing is recorded.
+func TestGapIsNotRecordedWhenTheServerHasTheWALAgain(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.start()
+		g.wantArchived()
+		g.loseWAL()
+		g.sleep(10 * time.Second)
+		g.want(Halted)
+		g.srv.Do(func(s *pgtest.State) { s.Oldest = origin })
+		g.decide(AcceptGap, true, "has the missing WAL again")
+		g.sleep(time.Minute)
+		g.want(Streaming)
+		if gaps := g.meta().Gaps(); len(gaps) != 0 {
+			t.Errorf("WAL that the server has is missing in the archive for good: %+v", gaps)
+		}
 	})
 }

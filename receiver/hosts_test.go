@@ -95,14 +95,7 @@ func TestStrayPrimaryOnTheSameTimelineIsPassedOver(t *testing.T) {
 			g.start()
 			g.append(5, 500)
 			g.wantArchived()
-			ends := g.wal.Boundaries()
-			w := newWAL(g.size)
-			for w.End() < ends[3] {
-				w.FillTo(ends[len(w.Boundaries())])
-			}
-			w.Append(bytes.Repeat([]byte("stray"), 20000))
-			stray := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}})
-			stray.Publish(w)
+			stray, _ := g.strayFrom(4)
 			g.hosts(map[string]*pgtest.Server{"right": g.srv, "stray": stray})
 			for range 3 {
 				g.srv.Disconnect()
@@ -242,5 +235,107 @@ func TestPanicWhileAskingAHostIsOneClustersTrouble(t *testing.T) {
 		g.dial = dial
 		g.start()
 		g.wantArchived()
+	})
+}
+
+// strayFrom is a second primary whose WAL is g's up to its n-th record, and then another's.
+func (g *rig) strayFrom(n int) (*pgtest.Server, *pgtest.WAL) {
+	ends := g.wal.Boundaries()
+	w := newWAL(g.size)
+	for w.End() < ends[n-1] {
+		w.FillTo(ends[len(w.Boundaries())])
+	}
+	w.Append(bytes.Repeat([]byte("stray"), 20000))
+	s := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}})
+	s.Publish(w)
+	return s, w
+}
+
+// A host whose WAL was not the archive's once, and that was made anew from the right one, is the primary when it has
+// been promoted: the old one is left, as always.
+func TestHostThatWasStrayOnAnOlderTimelineIsTakenWhenItIsPromoted(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=b,a user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"a": g.srv})
+		g.start()
+		g.append(5, 500)
+		g.wantArchived()
+		stray, _ := g.strayFrom(4)
+		g.hosts(map[string]*pgtest.Server{"a": g.srv, "b": stray})
+		g.srv.Disconnect()
+		g.append(3, 700)
+		g.sleep(5 * time.Second)
+		g.wantArchived()
+		g.wantHost("a:5432") // b is known to be stray
+
+		fork := g.wal.End()
+		fresh := g.newPrimary(2, fork) // b, made anew from a and promoted
+		g.mu.Lock()
+		g.goesBack = true
+		g.mu.Unlock()
+		g.append(3, 700) // nobody has fenced a
+		g.hosts(map[string]*pgtest.Server{"a": g.srv, "b": fresh})
+		g.sleep(10 * hostInterval)
+		g.wantHost("b:5432")
+		if tli := g.r.Status().Timeline; tli != 2 {
+			t.Errorf("timeline %d after %d connections; the primary is on 2", tli, g.logs.count("msg=connected"))
+		}
+	})
+}
+
+// A standby that is behind is no way around a primary that diverged: the cluster halts, and stays so.
+func TestStandbyDoesNotHideAPrimaryThatDiverged(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo, g.cfg.Source = "host=primary,standby user=archiver sslmode=disable", SourceAny
+		g.hosts(map[string]*pgtest.Server{"primary": g.srv})
+		g.append(5, 500)
+		g.start()
+		g.wantArchived()
+		fresh := newWAL(g.size) // the new primary lacks the archive's end, and so does its standby
+		for fresh.End() < g.wal.Boundaries()[3] {
+			fresh.FillTo(g.wal.Boundaries()[len(fresh.Boundaries())])
+		}
+		servers := map[string]*pgtest.Server{}
+		for _, host := range []string{"primary", "standby"} {
+			servers[host] = pgtest.NewServer(g, pgtest.State{SystemID: systemID, Standby: host == "standby"})
+			servers[host].Publish(fresh)
+		}
+		g.hosts(servers)
+		g.srv.Disconnect()
+		halted, states := 0, map[State]int{}
+		for range 300 {
+			g.sleep(time.Second)
+			s := g.r.Status().State
+			states[s]++
+			if s == Halted {
+				halted++
+			}
+		}
+		if halted < 200 {
+			t.Errorf("in 300 s the primary's divergence was shown for %d: %v\n%s", halted, states, g.logs.last(3))
+		}
+	})
+}
+
+// The same for two primaries that both diverged, and it is told once.
+func TestTwoHostsThatDivergedHaltOnce(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=a,b user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"a": g.srv})
+		g.append(5, 500)
+		g.start()
+		g.wantArchived()
+		a, _ := g.strayFrom(4)
+		b, _ := g.strayFrom(4)
+		g.hosts(map[string]*pgtest.Server{"a": a, "b": b})
+		g.srv.Disconnect()
+		states := map[State]int{}
+		for range 300 {
+			g.sleep(time.Second)
+			states[g.r.Status().State]++
+		}
+		if n := g.logs.count("level=ERROR"); n != 1 {
+			t.Errorf("told %d times in 5 minutes; states %v", n, states)
+		}
 	})
 }

@@ -1,6 +1,8 @@
 package receiver
 
 import (
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -72,5 +74,22 @@ func TestBlockedReceiverStops(t *testing.T) {
 		g.sleep(time.Minute)
 		g.want(Blocked)
 		g.stop()
+	})
+}
+
+// min_free holds when a message crosses into the next segment, as most do.
+func TestNoSegmentIsBegunBelowMinFreeByAMessageThatCrosses(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.MinFree = 10 * mb
+		g.appendTo(origin + mb - 5000)
+		g.start()
+		g.sleep(2 * time.Second)
+		g.wantArchived()
+		g.room.Store(10*mb + mb/2)
+		g.append(1, 20000)
+		g.sleep(5 * time.Second)
+		if names, _ := filepath.Glob(filepath.Join(g.cfg.Dir, strings.Repeat("[0-9A-F]", 24)+"*")); len(names) != 1 {
+			t.Errorf("%d segments, state %s: the second one does not fit above min_free", len(names), g.r.Status().State)
+		}
 	})
 }
