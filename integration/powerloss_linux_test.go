@@ -126,7 +126,8 @@ func (fs loopFS) freeze() (thaw func()) {
 }
 
 // stop stops the program as a power loss does: at any instruction, and also while a call is in the kernel. One that
-// goes on would hear of success from an fdatasync that the loss of power overtook, since ext4 does not notice that.
+// goes on can hear of success from an fdatasync that the loss of power overtook (seen with Linux 6.18), and acknowledge
+// what no machine without power could have.
 func (p *program) stop(t testing.TB) {
 	t.Helper()
 	p.signal(t, syscall.SIGSTOP)
