@@ -16,7 +16,7 @@ const spaceInterval = time.Second
 // position that was reached keep the connection.
 func (s *stream) awaitSpace(ctx context.Context, n int) error {
 	due := s.writer.SegmentDue(n)
-	if !due && time.Now().Before(s.spaceAt) {
+	if !due && time.Now().Before(s.spaceAt) || ctx.Err() != nil {
 		return nil
 	}
 	shortage, err := s.shortage(due)

@@ -116,3 +116,53 @@ func TestFileWhoseSyncFailedIsReplaced(t *testing.T) {
 		}
 	}
 }
+
+// Records behind one that the server gave up may have been acknowledged, and are received again all the same, since
+// no CRC speaks for the one before them. Until they have come they stay where they are.
+func TestReplacedFileKeepsWhatWasAcknowledged(t *testing.T) {
+	const size = wal.SegmentSize(1 << 20)
+	const begin = wal.LSN(64 << 20)
+	id := Identity{SystemID: 1, SegmentSize: size}
+	g := pgtest.NewWAL(pgtest.WALConfig{SystemID: 1, Size: size, Start: begin})
+	g.Append(make([]byte, 3000))
+	g.Abort(bytes.Repeat([]byte("torn"), 10000), 3)
+	for range 20 {
+		g.Append(bytes.Repeat([]byte("x"), 3000))
+	}
+	acknowledged := g.End()
+	g.Append(bytes.Repeat([]byte("y"), 9000))
+	path := t.TempDir()
+	d, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	fd := &failingDisk{disk: d.disk}
+	d.disk = fd
+	w, err := d.OpenWriter(context.Background(), id, 1, begin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, end := range []wal.LSN{acknowledged, g.End()} {
+		if err := w.Write(w.Pos(), g.Bytes(w.Pos(), end)); err != nil {
+			t.Fatal(err)
+		}
+		fd.fail = end > acknowledged
+		if _, err := w.Flush(); (err != nil) != fd.fail && w.Durable() != acknowledged {
+			t.Fatalf("%v, durable %s", err, w.Durable())
+		}
+	}
+	w.Close()
+	fd.fail = false
+	if w, err = d.OpenWriter(context.Background(), id, 1, begin); err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if len(d.distrusted) != 0 || w.Promised() < acknowledged || w.Durable() > acknowledged {
+		t.Errorf("distrusted %v, promised %s, durable %s, acknowledged was %s", d.distrusted, w.Promised(), w.Durable(), acknowledged)
+	}
+	data, err := os.ReadFile(filepath.Join(path, size.Segment(1, begin).Name()+".partial"))
+	if err != nil || !bytes.Equal(data[:acknowledged-begin], g.Bytes(begin, acknowledged)) {
+		t.Errorf("acknowledged WAL is not in the file any more: %v", err)
+	}
+}

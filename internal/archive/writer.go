@@ -174,8 +174,8 @@ func (w *Writer) recover(ctx context.Context) error {
 }
 
 // replaceDistrusted puts new files in the place of those that a sync failed for,
-// with what was read back from the disk and proven by records. A second sync of
-// the same file could return nil while bytes are missing.
+// with what was read back from the disk. A second sync of the same file could
+// return nil while bytes are missing.
 func (w *Writer) replaceDistrusted() error {
 	for _, s := range w.open {
 		name := s.Name() + partialSuffix
@@ -186,7 +186,7 @@ func (w *Writer) replaceDistrusted() error {
 			if err := f.Allocate(int64(s.Size)); err != nil {
 				return err
 			}
-			n := int64(min(max(w.written, s.Start), s.End()) - s.Start)
+			n := int64(min(max(w.written, w.torn, s.Start), s.End()) - s.Start)
 			return copyRange(w.dir.disk, name, 0, f, 0, n)
 		})
 		if err != nil {
@@ -198,7 +198,7 @@ func (w *Writer) replaceDistrusted() error {
 		if err := s.file.Close(); err != nil {
 			return errors.Join(err, f.Close())
 		}
-		s.file, w.torn = f, 0
+		s.file = f
 		delete(w.dir.distrusted, name)
 	}
 	return nil
@@ -590,6 +590,7 @@ func (w *Writer) current() (*segment, error) {
 		// Nothing in it counts, but a sync of it may have failed: ext4 then thinks
 		// that pages are on disk that are not, until it has forgotten them.
 		if err := settle(w.dir.disk, f); err != nil {
+			w.dir.distrust(s.Name() + partialSuffix)
 			return nil, errors.Join(err, f.Close())
 		}
 	}
