@@ -43,6 +43,8 @@ func (r *Receiver) Decide(ctx context.Context, what Decision) (string, error) {
 	answer := make(chan outcome, 1)
 	select {
 	case r.decisions <- decision{what, s.Since, answer}:
+	case <-r.done:
+		return "", fmt.Errorf("cluster %s was stopped meanwhile", r.cfg.Name)
 	case <-ctx.Done():
 		return "", fmt.Errorf("cluster %s did not take the decision: %w", r.cfg.Name, ctx.Err())
 	}

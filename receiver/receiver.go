@@ -43,6 +43,7 @@ type Receiver struct {
 	progress  progressCell
 	panics    atomic.Int64
 	decisions chan decision
+	done      chan struct{} // closed when Run has returned
 
 	// Owned by Run.
 	now    progress
@@ -64,7 +65,7 @@ type Receiver struct {
 
 // New makes a receiver that does nothing yet.
 func New(cfg Config, log *slog.Logger) *Receiver {
-	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name), decisions: make(chan decision), stray: map[string]wal.Timeline{}}
+	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name), decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
 	r.state.Store(&Status{State: Connecting, Since: time.Now()})
 	return r
 }
@@ -72,6 +73,7 @@ func New(cfg Config, log *slog.Logger) *Receiver {
 // Run archives until ctx is done, through all trouble. It then flushes, tells
 // the server, and returns nil; the error is one of closing the archive.
 func (r *Receiver) Run(ctx context.Context) (err error) {
+	defer close(r.done)
 	defer func() { err = errors.Join(err, r.close()) }()
 	retry := backoff.NewExponentialBackOff()
 	retry.RandomizationFactor = 1 // full jitter: from 0 to twice the interval

@@ -54,7 +54,7 @@ type metaAborted struct {
 func (m metaAborted) value() (Aborted, error) {
 	lsn, err1 := wal.ParseLSN(m.LSN)
 	end, err2 := wal.ParseLSN(m.End)
-	if err1 != nil || err2 != nil || m.Timeline == 0 || lsn >= end {
+	if err1 != nil || err2 != nil || m.Timeline == 0 || lsn >= end || !segmentName(m.File) || !strings.HasSuffix(m.File, abortedSuffix) {
 		return Aborted{}, errors.New("no record")
 	}
 	return Aborted{wal.Timeline(m.Timeline), lsn, end, m.File, m.Time}, nil
@@ -78,16 +78,21 @@ func (m metaDivergence) value() (Divergence, error) {
 		return Divergence{}, errors.New("no divergence")
 	}
 	for _, k := range m.Kept {
-		if !plainName(k.Name) || !plainName(k.File) || !strings.HasSuffix(k.File, divergedSuffix) {
+		if !segmentName(k.Name) || !segmentName(k.File) || !strings.HasSuffix(k.File, divergedSuffix) {
 			return Divergence{}, errors.New("no file name")
 		}
 	}
 	return Divergence{wal.Timeline(m.Timeline), lsn, restart, m.Kept, m.Reason, m.Time}, nil
 }
 
-// plainName tells a file's name from a path: archive.json may have been edited.
-func plainName(name string) bool {
-	return name != "" && name[0] != '.' && !strings.ContainsAny(name, "/\x00")
+// segmentName tells a name that begins with a segment's from all others, paths
+// above all: archive.json may have been edited.
+func segmentName(name string) bool {
+	if len(name) < 24 || strings.ContainsAny(name, "/\x00") {
+		return false
+	}
+	_, err := wal.ParseSegment(name[:24], smallestSegment)
+	return err == nil
 }
 
 // Aborted lists the incomplete records that were kept aside, oldest first.

@@ -76,7 +76,8 @@ type Writer struct {
 	// that count for nothing and are written again. 0: there are none to look at.
 	record, torn wal.LSN
 	// promised is the end of the complete records that were here when the Writer was
-	// opened. An abandoned record before it is what written may be below it for.
+	// opened. It is above written when they follow one that the server gave up, whose
+	// bytes no CRC speaks for.
 	promised wal.LSN
 	aborted  *Aborted // kept aside by a Write, and not asked for yet
 	// before says that the walker has seen the record before start. chained is
@@ -150,7 +151,7 @@ func (w *Writer) recover(ctx context.Context) error {
 	w.written = walker.Boundary()
 	w.promised = max(w.start, w.written)
 	if a := walker.Abandoned(); a != 0 {
-		w.written = min(w.written, a) // no CRC speaks for a record that was given up
+		w.written = min(w.written, a)
 	}
 	w.written = max(w.start, w.written)
 	if proven := walker.ProvenFrom(); w.start < proven && w.start < w.written {
@@ -481,7 +482,7 @@ func (w *Writer) TakeAborted() *Aborted {
 
 // differs finds the first byte of have, which stands at lsn in a file, that is
 // another one than p's. What reads as zeros up to the end of a sector was never
-// written, or lost.
+// written, or lost; a record that is another one differs in its header's CRC, too.
 func differs(lsn wal.LSN, have, p []byte) (at wal.LSN, other bool) {
 	for i := 0; i < len(have); i++ {
 		if have[i] == p[i] {
