@@ -18,7 +18,7 @@ build: ## bin/walfleet
 	CGO_ENABLED=0 go build -trimpath -o bin/walfleet ./cmd/walfleet
 
 test: compiler tracer images ## every test, those against real servers in containers included
-	$(integration_env) go test -race -count=1 -timeout 25m -p 2 ./...
+	$(integration_env) go test -race -count=1 -timeout 40m -p 2 -parallel 6 ./...
 
 test-unit: compiler ## the tests that need no containers
 	CGO_ENABLED=1 go test -race -count=1 $$(go list ./... | grep -v '/integration\b')
