@@ -210,24 +210,27 @@ func continues(c candidate, tli wal.Timeline) error {
 }
 
 // watchHosts asks the other hosts now and then, and calls leave when one of them
-// is a primary on a newer timeline that continues ours, or farther on the same
-// one: the server being archived is an old primary then. It ends when ctx is done; wait returns after
-// that.
+// is a primary on a newer timeline that continues ours, or on ours and farther
+// than our server gets until the next time: that is an old primary then. It ends
+// when ctx is done; wait returns after that.
 func (s *session) watchHosts(ctx context.Context, leave func(error)) (wait func()) {
 	if len(s.conninfo.Hosts()) < 2 {
 		return func() {}
 	}
 	var group sync.WaitGroup
 	group.Go(func() {
+		seen := map[int]wal.LSN{} // where each host's WAL ended the time before
 		for sleep(ctx, hostInterval) {
 			for _, host := range s.conninfo.Order() {
 				if s.conninfo.Hosts()[host] == s.conn.Host() {
 					continue
 				}
-				if err := s.superseded(ctx, host); err != nil {
+				end, err := s.superseded(ctx, host, seen[host])
+				if err != nil {
 					leave(err)
 					return
 				}
+				seen[host] = end
 			}
 		}
 	})
@@ -238,19 +241,24 @@ func (s *session) watchHosts(ctx context.Context, leave func(error)) (wait func(
 var errSuperseded = errors.New("another host is farther")
 
 // superseded asks one host, and returns errSuperseded when it is to be archived
-// instead.
-func (s *session) superseded(ctx context.Context, host int) error {
+// instead; else where the host's WAL ends, if it is a primary on our timeline. The
+// host may be our server under another name: then that has sent WAL up to before,
+// where the host's ended the last time, unless we do not read.
+func (s *session) superseded(ctx context.Context, host int, before wal.LSN) (wal.LSN, error) {
 	c, err := s.ask(ctx, s.conninfo, host)
 	if err != nil {
 		s.log.Debug("asking another host", "error", err)
-		return nil
+		return 0, nil
 	}
 	defer c.conn.Close()
 	st := s.Status()
-	farther := c.id.Timeline > st.Timeline || c.id.Timeline == st.Timeline && c.id.XLogPos > st.ServerEnd
-	if c.id.InRecovery || archiveIdentity(c.id) != archiveIdentity(s.id) || s.isStray(c) || !farther || continues(c, st.Timeline) != nil {
-		return nil
+	if c.id.InRecovery || archiveIdentity(c.id) != archiveIdentity(s.id) || s.isStray(c) ||
+		c.id.Timeline < st.Timeline || continues(c, st.Timeline) != nil {
+		return 0, nil
 	}
-	return fmt.Errorf("%w: %s is a primary on timeline %d, %s, while %s is on timeline %d, %s",
+	if c.id.Timeline == st.Timeline && (st.State == Blocked || st.ServerEnd >= before) {
+		return c.id.XLogPos, nil
+	}
+	return 0, fmt.Errorf("%w: %s is a primary on timeline %d, %s, while %s is on timeline %d, %s",
 		errSuperseded, c.conn.Host(), c.id.Timeline, c.id.XLogPos, s.conn.Host(), st.Timeline, st.ServerEnd)
 }

@@ -141,7 +141,7 @@ func TestPrimaryThatStoppedWritingIsLeft(t *testing.T) {
 		g.sleep(2 * hostInterval)
 		g.wantHost("old:5432") // the new one is not farther
 		g.append(3, 700)
-		g.sleep(hostInterval + 5*time.Second)
+		g.sleep(2*hostInterval + 5*time.Second)
 		g.wantArchived()
 		g.wantHost("new:5432")
 		for range 3 {
@@ -149,6 +149,42 @@ func TestPrimaryThatStoppedWritingIsLeft(t *testing.T) {
 			g.sleep(5 * time.Second)
 			g.wantArchived()
 			g.wantHost("new:5432")
+		}
+	})
+}
+
+// One server can have several names in a conninfo, and be farther in each moment in which it is asked under another
+// one. It is not left for itself.
+func TestServerWithTwoNamesIsNotLeftForItself(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=name,alias user=archiver sslmode=disable"
+		g.hosts(map[string]*pgtest.Server{"name": g.srv, "alias": g.srv})
+		pause := make(chan time.Duration)
+		g.serve(func(st *pgtest.Stream) { // what the server has comes late
+			for pos := st.Request().LSN; ; {
+				select {
+				case d := <-pause:
+					time.Sleep(d)
+				case <-st.Gone():
+					return
+				}
+				if st.Send(pos, g.wal.End(), g.wal.Bytes(pos, g.wal.End())) != nil {
+					return
+				}
+				pos = g.wal.End()
+			}
+		})
+		g.start()
+		pause <- 0
+		g.sleep(time.Second)
+		for range 10 {
+			g.append(3, 700)
+			pause <- hostInterval + 10*time.Second
+			g.sleep(hostInterval + 15*time.Second)
+		}
+		g.wantArchived()
+		if s := g.r.Status(); s.Reconnects != 0 {
+			t.Errorf("%d reconnects\n%s", s.Reconnects, g.logs.last(8))
 		}
 	})
 }
