@@ -101,6 +101,41 @@ func TestReplacedRecordIsKeptAside(t *testing.T) {
 	}
 }
 
+// The first of a record's segments can be sealed by the time at which a later one shows what the server wrote instead.
+func TestRecordIsKeptAsideFromTheFirstSegmentThatIsNotSealed(t *testing.T) {
+	base := func() *pgtest.WAL {
+		g := walTo(begin + mb - 30000)
+		g.Abort(bytes.Repeat([]byte("given up"), 1<<17), 6) // into the second segment
+		g.Append([]byte("common"))
+		return g
+	}
+	g, other := base(), base()
+	common := g.End()
+	g.Append(bytes.Repeat([]byte("torn"), 20000))
+	other.Append(bytes.Repeat([]byte("other"), 20000))
+	path := t.TempDir()
+	d := open(t, path)
+	bind(t, d, begin)
+	write(t, openTail(t, d), g, 50000, common+40000) // and then the process is gone
+
+	w := openTail(t, d)
+	write(t, w, other, 5000, common)
+	if sealed := flush(t, w); len(sealed) != 1 {
+		t.Fatalf("sealed: %v", sealed)
+	}
+	write(t, w, other, 5000, other.End())
+	flush(t, w)
+	wantContent(t, path, other, other.End(), other.End())
+	all := d.Aborted()
+	if len(all) != 1 || all[0].LSN != begin+mb {
+		t.Fatalf("%+v", all)
+	}
+	data, err := os.ReadFile(filepath.Join(path, all[0].File))
+	if err != nil || !bytes.HasPrefix(data, g.Bytes(begin+mb, common+40000)) {
+		t.Errorf("%d bytes, %v: not what the archive had", len(data), err)
+	}
+}
+
 func name1(n int) string { return name(1, n) + ".partial" }
 
 // Two records of one place, torn one after the other, are both kept.
@@ -373,6 +408,36 @@ func TestDivergenceAfterARecordThatWasGivenUpIsNoAbortedRecord(t *testing.T) {
 	}
 	if after := files(t, path)[name1(0)]; after != before {
 		t.Error("acknowledged bytes were overwritten without a decision")
+	}
+}
+
+// No CRC speaks for a record that was given up: where a power loss brought back what was there before, that is no
+// divergence.
+func TestOldBytesInARecordThatWasGivenUpAreReplaced(t *testing.T) {
+	path := t.TempDir()
+	g := walTo(begin + 20000)
+	g.Abort(bytes.Repeat([]byte("torn"), 1<<20), 6)
+	for range 10 {
+		g.Append(bytes.Repeat([]byte("ours"), 2000))
+	}
+	d := open(t, path)
+	bind(t, d, begin)
+	write(t, openTail(t, d), g, 50000, g.End()) // and then the power is gone
+	f, err := os.OpenFile(filepath.Join(path, name1(0)), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(bytes.Repeat([]byte{7}, 1024), 42<<10); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+
+	w := openTail(t, d)
+	write(t, w, g, 5000, g.End())
+	flush(t, w)
+	wantContent(t, path, g, g.End(), g.End())
+	if all := d.Aborted(); len(all) != 1 || all[0].LSN != begin+20000 {
+		t.Errorf("kept aside: %+v", all)
 	}
 }
 

@@ -73,13 +73,12 @@ type Writer struct {
 	start, unproven wal.LSN
 	// torn is the end of what the files have of an incomplete record that begins at
 	// record: bytes of an earlier process, or of a connection before this Writer,
-	// that count for nothing and are written again. 0: there are none to look at.
-	record, torn wal.LSN
-	// promised is the end of the complete records that were here when the Writer was
-	// opened. It is above written when they follow one that the server gave up, whose
-	// bytes no CRC speaks for.
-	promised wal.LSN
-	aborted  *Aborted // kept aside by a Write, and not asked for yet
+	// that are written again. When the server gave that record up, complete ones can
+	// follow it, from sure to promised, that may have been acknowledged. Otherwise
+	// promised is where record begins.
+	record, sure, promised, torn wal.LSN
+	kept                         bool     // what the files have from record to torn was kept aside
+	aborted                      *Aborted // the same, and not asked for yet
 	// before says that the walker has seen the record before start. chained is
 	// false while nothing shows yet that a connection's WAL continues the archive.
 	before, chained bool
@@ -150,8 +149,8 @@ func (w *Writer) recover(ctx context.Context) error {
 	}
 	w.written = walker.Boundary()
 	w.promised = max(w.start, w.written)
-	if a := walker.Abandoned(); a != 0 {
-		w.written = min(w.written, a)
+	if from, to := walker.Abandoned(); from != 0 {
+		w.written, w.sure = min(w.written, from), to
 	}
 	w.written = max(w.start, w.written)
 	if proven := walker.ProvenFrom(); w.start < proven && w.start < w.written {
@@ -449,26 +448,29 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 }
 
 // keepTorn compares what is about to be written at written, into seg, with what
-// an incomplete record left there, and keeps that record aside when it is
-// another one. What complete records behind one that was given up prove may have
-// been acknowledged: there it is a divergence. Sectors that read as zeros were lost, and tell nothing.
+// is there. An incomplete record that is replaced by another one is kept aside;
+// complete records that are others are a divergence.
 func (w *Writer) keepTorn(seg *segment, p []byte) error {
 	have := make([]byte, min(uint64(len(p)), uint64(w.torn-w.written)))
 	if _, err := seg.file.ReadAt(have, int64(w.written-seg.Start)); err != nil {
 		return err
 	}
-	at, other := differs(w.written, have, p)
-	if !other {
+	end := w.written + wal.LSN(len(have))
+	for at := max(w.sure, w.written); at < min(w.promised, end); at++ {
+		if i := at - w.written; have[i] != p[i] {
+			return &DivergenceError{Timeline: w.timeline, LSN: at}
+		}
+	}
+	if w.kept || !differs(w.written, have, p) {
 		return nil
 	}
-	if at < w.promised {
-		return &DivergenceError{Timeline: w.timeline, LSN: at}
-	}
-	a, err := w.dir.saveAborted(w.id.SegmentSize, w.timeline, w.record, w.torn)
+	// What is sealed meanwhile is the same on the server.
+	from := max(w.record, w.open[0].Start)
+	a, err := w.dir.saveAborted(w.id.SegmentSize, w.timeline, from, w.torn)
 	if err != nil {
 		return err
 	}
-	w.torn, w.aborted = 0, &a
+	w.kept, w.aborted = true, &a
 	return nil
 }
 
@@ -480,22 +482,20 @@ func (w *Writer) TakeAborted() *Aborted {
 	return a
 }
 
-// differs finds the first byte of have, which stands at lsn in a file, that is
-// another one than p's. What reads as zeros up to the end of a sector was never
-// written, or lost; a record that is another one differs in its header's CRC, too.
-func differs(lsn wal.LSN, have, p []byte) (at wal.LSN, other bool) {
+// differs tells whether have, which stands at lsn in a file, has other bytes than
+// p. What reads as zeros up to the end of a sector was never written, or lost.
+func differs(lsn wal.LSN, have, p []byte) bool {
 	for i := 0; i < len(have); i++ {
 		if have[i] == p[i] {
 			continue
 		}
-		at = lsn + wal.LSN(i)
-		end := min(len(have), i+sectorRest(at))
+		end := min(len(have), i+sectorRest(lsn+wal.LSN(i)))
 		if !isZero(have[i:end]) {
-			return at, true
+			return true
 		}
 		i = end - 1
 	}
-	return 0, false
+	return false
 }
 
 // sector is the least that a disk writes as a whole, in bytes. A sector that a

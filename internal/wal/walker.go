@@ -46,6 +46,7 @@ type Walker struct {
 	unusedEnd LSN  // end of the segment whose rest is unused
 	guess     bool // the record before Start may have been an XLOG_SWITCH; see endRecord
 	abandoned LSN  // start of the first record that was given up; 0: none was
+	goesOn    LSN  // start of the page that gave up the last one
 }
 
 // phase is what the next byte belongs to, if not to a page's header.
@@ -216,16 +217,20 @@ func (w *Walker) giveUp(lsn LSN) {
 	switch {
 	case w.phase == inTail:
 		w.proven, w.guess = lsn, false
-	case started && w.abandoned == 0:
-		w.abandoned = w.start
+	case started:
+		w.goesOn = lsn
+		if w.abandoned == 0 {
+			w.abandoned = w.start
+		}
 	}
 	w.phase, w.have, w.left = inHeader, 0, 0
 }
 
-// Abandoned is the start of the first record that was seen to begin and then given up by the server, 0 if
-// there was none. No CRC vouches for its bytes, which stay in the WAL.
-func (w *Walker) Abandoned() LSN {
-	return w.abandoned
+// Abandoned is the start of the first record that was seen to begin and then given up by the server, and the
+// start of the page that gave up the last one; 0 if there was none. No CRC vouches for such a record's bytes,
+// which stay in the WAL.
+func (w *Walker) Abandoned() (from, to LSN) {
+	return w.abandoned, w.goesOn
 }
 
 // followPage takes p, all of which lies on one page after its header.
