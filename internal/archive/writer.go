@@ -149,7 +149,7 @@ func (w *Writer) recover(ctx context.Context) error {
 	}
 	w.written = walker.Boundary()
 	w.promised = max(w.start, w.written)
-	if from, to := walker.Abandoned(); from != 0 {
+	if from, to := walker.Abandoned(); to > w.start { // one in what is sealed was compared
 		w.written, w.sure = min(w.written, from), to
 	}
 	w.written = max(w.start, w.written)

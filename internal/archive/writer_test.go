@@ -559,3 +559,21 @@ func TestWriterDoesNotGoBackIntoASealedSegment(t *testing.T) {
 	flush(t, w)
 	wantContent(t, path, g, g.End(), g.End())
 }
+
+// A record that was given up before the first segment that is not sealed is no reason to receive that one again.
+func TestAbandonedRecordInASealedSegmentDoesNotCount(t *testing.T) {
+	g := walTo(begin + mb - 20000)
+	if _, page := g.Abort(bytes.Repeat([]byte("torn"), 10000), 3); page != begin+mb {
+		t.Fatalf("given up at %s, not where the segment ends", page)
+	}
+	g.FillTo(begin + mb + 200<<10)
+	path := t.TempDir()
+	d := open(t, path)
+	w := openTail(t, d)
+	write(t, w, g, 50000, g.End())
+	flush(t, w)
+	w = openTail(t, d)
+	if w.Durable() != g.End() || g.End()-w.Pos() > 2*wal.PageSize {
+		t.Errorf("durable %s, goes on at %s, want %s", w.Durable(), w.Pos(), g.End())
+	}
+}
