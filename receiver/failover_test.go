@@ -584,6 +584,9 @@ func TestTornRecordOfSeveralSegmentsIsReplaced(t *testing.T) {
 					if u := g.last(); name != "nothing at first" && name != "another, torn again" && u.flush != end {
 						t.Errorf("%+v, want flush %s", u, end)
 					}
+					if g.logs.count("level=ERROR") > 0 {
+						t.Errorf("a person was called:\n%s", g.logs.last(12))
+					}
 					g.restart()
 					g.growCurrent(g.wal.End() + 100*kb)
 					g.sleep(5 * time.Second)
@@ -598,4 +601,24 @@ func TestTornRecordOfSeveralSegmentsIsReplaced(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A server that was cloned from one of a later timeline has WAL of an older one, and not its history.
+func TestServerWithoutTheHistoryOfAnOlderTimeline(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.start()
+		g.wantArchived()
+		g.stop()
+		g.append(3, 700)
+		g.promote(2, g.wal.End(), 3)
+		g.append(3, 700)
+		g.promote(3, g.wal.End(), 3)
+		g.srv.Do(func(s *pgtest.State) { delete(s.Histories, 2) })
+		g.start()
+		g.sleep(time.Minute)
+		g.wantArchived()
+		if s := g.r.Status(); s.Timeline != 3 || g.logs.count("does not have the history of an older timeline") == 0 {
+			t.Errorf("timeline %d\n%s", s.Timeline, g.logs.last(8))
+		}
+	})
 }

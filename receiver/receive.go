@@ -65,12 +65,18 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 
 // setHold decides from where on flush positions are sent.
 func (s *session) setHold() error {
-	h, _, err := s.dir.History(s.writer.Timeline())
+	tli := s.writer.Timeline()
+	h, ok, err := s.dir.History(tli)
 	if err != nil {
 		return err
 	}
-	if n := len(h.Forks); n > 0 {
-		s.hold = max(s.hold, h.Forks[n-1].End) // may have been acknowledged on the timeline before
+	if !ok {
+		h = s.history // of a later one
+	}
+	for _, fork := range h.Forks {
+		if fork.Timeline < tli {
+			s.hold = max(s.hold, fork.End) // may have been acknowledged on the timeline before
+		}
 	}
 	s.hold = max(s.hold, s.writer.Promised())
 	if s.writer.Pos() == s.writer.Written() {

@@ -401,7 +401,10 @@ func (s *session) follow(ctx context.Context, next pgrepl.NextTimeline) error {
 	if next.Timeline <= old.Timeline() {
 		return &historyError{fmt.Sprintf("the server names %d as the timeline after %d", next.Timeline, old.Timeline())}
 	}
-	if _, err := s.fetchHistory(ctx, next.Timeline); err != nil {
+	switch _, err := s.fetchHistory(ctx, next.Timeline); {
+	case pgrepl.Code(err) == pgrepl.CodeUndefinedFile: // a clone that never was on that timeline
+		s.log.Warn("the server does not have the history of an older timeline", "timeline", next.Timeline)
+	case err != nil:
 		return err
 	}
 	s.log.Info("following a new timeline", "timeline", next.Timeline, "from_timeline", old.Timeline(), "fork", next.Start)
