@@ -149,7 +149,7 @@ func (w *Writer) recover(ctx context.Context) error {
 	}
 	w.written = walker.Boundary()
 	w.promised = max(w.start, w.written)
-	if from, to := walker.Abandoned(); to > w.start { // one in what is sealed was compared
+	if from, to := walker.Abandoned(); from != 0 {
 		w.written, w.sure = min(w.written, from), to
 	}
 	w.written = max(w.start, w.written)
@@ -262,7 +262,7 @@ func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end in
 // begin, so that what follows must continue that record, or name it as the one
 // before.
 func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool) (*wal.Walker, error) {
-	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC}
+	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC, Settled: start}
 	f, name, err := w.openSealedBefore(start)
 	if f == nil || err != nil {
 		return wal.NewWalker(config), err

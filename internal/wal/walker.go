@@ -13,6 +13,7 @@ type WalkerConfig struct {
 	Size     SegmentSize // the cluster's segment size
 	SystemID uint64      // the cluster's system identifier; 0 = any
 	CheckCRC bool        // check every record's CRC-32C, not only its header
+	Settled  LSN         // bytes before it are known to be right: records that were given up there do not count
 }
 
 // Walker follows contiguous WAL, fed to it in pieces of any length, from page to page and from record to
@@ -217,7 +218,7 @@ func (w *Walker) giveUp(lsn LSN) {
 	switch {
 	case w.phase == inTail:
 		w.proven, w.guess = lsn, false
-	case started:
+	case started && lsn > w.c.Settled:
 		w.goesOn = lsn
 		if w.abandoned == 0 {
 			w.abandoned = w.start
@@ -227,8 +228,8 @@ func (w *Walker) giveUp(lsn LSN) {
 }
 
 // Abandoned is the start of the first record that was seen to begin and then given up by the server, and the
-// start of the page that gave up the last one; 0 if there was none. No CRC vouches for such a record's bytes,
-// which stay in the WAL.
+// start of the page that gave up the last one; 0 if there was none, but for those that end by Settled. No CRC
+// vouches for such a record's bytes, which stay in the WAL.
 func (w *Walker) Abandoned() (from, to LSN) {
 	return w.abandoned, w.goesOn
 }
