@@ -7,7 +7,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgrepl"
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -173,10 +172,7 @@ func (s *stream) handle(ctx context.Context, msg pgrepl.Message) error {
 	s.now.received += int64(len(msg.Data))
 	before := s.writer.Written()
 	if err := s.writer.Write(msg.Start, msg.Data); err != nil {
-		var diverged *archive.DivergenceError
-		if !errors.As(err, &diverged) {
-			s.dropWriter()
-		}
+		s.dropWriter() // its walker may be ahead of its files: it must not seal any more
 		return err
 	}
 	s.answer("", errWALThere)
