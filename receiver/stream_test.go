@@ -375,3 +375,34 @@ func TestFlushDoesNotGoBackToAnAbandonedRecord(t *testing.T) {
 		}
 	})
 }
+
+// A message can carry WAL that differs behind a record which the server gave up, and goes on into the next segment.
+// The segment is not sealed with the one's or the other's bytes.
+func TestSegmentIsNotSealedWhenAMessageDivergesInIt(t *testing.T) {
+	bubble(t, func(g *rig) {
+		w := newWAL(g.size)
+		w.FillTo(origin + mb - 60000)
+		w.Abort(make([]byte, 40000), 3)
+		start := w.End()
+		w.FillTo(start + 8000)
+		g.wal = w
+		g.publish(1)
+		g.start()
+		g.wantArchived()
+		g.stop()
+		v := newWAL(g.size)
+		v.FillTo(origin + mb - 60000)
+		v.Abort(make([]byte, 40000), 3)
+		v.Append([]byte("another"))
+		v.FillTo(origin + mb + 30000)
+		before := g.files()
+		g.srv.Publish(v)
+		g.start()
+		g.sleep(10 * time.Second)
+		g.want(Halted, "differs from the archive")
+		g.wantFiles(g.name(1, 0) + ".partial")
+		if g.files()[g.name(1, 0)+".partial"] != before[g.name(1, 0)+".partial"] {
+			t.Error("the archive changed")
+		}
+	})
+}
