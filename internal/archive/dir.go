@@ -439,10 +439,6 @@ type catalogue struct {
 	plain   map[string]bool        // those that are not compressed
 }
 
-// sealedSuffixes are those of complete segments, as pg_receivewal and we write
-// them.
-var sealedSuffixes = []string{"", ".gz", ".lz4", ".zst"}
-
 // scan reads the directory. Names that are not those of segments are no concern
 // of ours.
 func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
