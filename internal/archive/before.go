@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
+	"syscall"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -21,7 +22,7 @@ import (
 // segments back.
 func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool) (*wal.Walker, error) {
 	config := wal.WalkerConfig{Start: start, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID, CheckCRC: checkCRC, Settled: start}
-	var inside []*sealedFile // in which no record begins, last one first
+	var inside []*sealedFile // of one record, last one first
 	defer func() {
 		for _, s := range inside {
 			s.file.Close()
@@ -33,20 +34,17 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 			return wal.NewWalker(config), err
 		}
 		inside = append(inside, s)
-		offset, err := s.lastBeginning(ctx)
+		walker, err := s.walker(ctx, config)
 		if err != nil {
 			return nil, err
 		}
-		if offset < 0 {
+		if walker == nil {
 			continue
 		}
-		config.Start = s.Start + wal.LSN(offset)
-		walker := wal.NewWalker(config)
-		for _, s := range slices.Backward(inside) {
-			if err := s.feed(ctx, walker, offset); err != nil {
+		for _, s := range slices.Backward(inside[:len(inside)-1]) {
+			if err := s.feed(ctx, walker, 0); err != nil {
 				return nil, err
 			}
-			offset = 0
 		}
 		return walker, nil
 	}
@@ -55,12 +53,13 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 // sealedFile is a sealed segment that is open for reading.
 type sealedFile struct {
 	wal.Segment
-	path string // for errors
-	file file
+	suffix string // of its compression
+	path   string // for errors
+	file   file
 }
 
 // openSealedBefore opens the sealed segment that ends at at, of this timeline or
-// of the ancestor that has it; nil when there is none that can be read as it is.
+// of the ancestor that has it; nil when there is none.
 func (w *Writer) openSealedBefore(at wal.LSN) (*sealedFile, error) {
 	if at == 0 {
 		return nil, nil
@@ -79,22 +78,53 @@ func (w *Writer) openSealedBefore(at wal.LSN) (*sealedFile, error) {
 		if w.dir.accepted(tli, at) {
 			return nil, nil // what is before it is another server's
 		}
-		s := w.id.SegmentSize.Segment(tli, at-1)
-		f, err := w.dir.disk.Open(s.Name())
-		if err == nil {
-			return &sealedFile{s, w.dir.pathOf(s.Name()), f}, nil
-		}
+		s, err := w.dir.openSealed(w.id.SegmentSize.Segment(tli, at-1))
 		if !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+			return s, err
 		}
 	}
 	return nil, nil
 }
 
+// openSealed opens a sealed segment, compressed or not; fs.ErrNotExist when it is
+// not there. Compressing one removes the plain file last, so that is looked for
+// first.
+func (d *Dir) openSealed(s wal.Segment) (*sealedFile, error) {
+	for _, suffix := range sealedSuffixes {
+		name := s.Name() + suffix
+		f, err := d.disk.Open(name)
+		if err == nil {
+			return &sealedFile{s, suffix, d.pathOf(name), f}, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+	}
+	return nil, fs.ErrNotExist
+}
+
+// walker makes a walker, as in config but for where it starts, that has seen the
+// segment's last record begin and stands at the segment's end. It is nil when no
+// record begins there, as the segment is all inside of a longer one.
+func (s *sealedFile) walker(ctx context.Context, config wal.WalkerConfig) (*wal.Walker, error) {
+	offset := int64(0)
+	if s.suffix == "" { // a compressed one is read once, from its beginning
+		var err error
+		if offset, err = s.lastBeginning(ctx); err != nil || offset < 0 {
+			return nil, err
+		}
+	}
+	config.Start = s.Start + wal.LSN(offset)
+	walker := wal.NewWalker(config)
+	if err := s.feed(ctx, walker, offset); err != nil || walker.ProvenFrom() == s.End() {
+		return nil, err
+	}
+	return walker, nil
+}
+
 // lastBeginning is the offset of the last page in which a record begins: usually
 // the last one, much earlier when a large record goes on into the next segment,
-// or after a switch of WAL. It is -1 when the whole segment is inside of one
-// record.
+// or after a switch of WAL; -1: there is none. The segment is not compressed.
 func (s *sealedFile) lastBeginning(ctx context.Context) (int64, error) {
 	page := make([]byte, wal.PageSize)
 	for offset := int64(s.Size) - wal.PageSize; offset >= 0; offset -= wal.PageSize {
@@ -111,11 +141,26 @@ func (s *sealedFile) lastBeginning(ctx context.Context) (int64, error) {
 	return -1, nil
 }
 
-// feed gives what the segment has from offset on to the walker.
+// feed gives what the segment has from offset on, 0 in a compressed one, to the
+// walker.
 func (s *sealedFile) feed(ctx context.Context, walker *wal.Walker, offset int64) error {
-	err := feed(ctx, walker, s.file, offset, int64(s.Size))
-	if corrupt := new(wal.CorruptError); errors.As(err, &corrupt) {
-		return &FileError{s.path, corrupt.Error() + "; move it away and the server sends the segment again, if it still has it"}
+	r, err := decompress(from(s.file, offset), s.suffix)
+	if err != nil {
+		return s.damaged(err)
+	}
+	defer r.Close()
+	err = feed(ctx, walker, r, int64(s.Size)-offset)
+	if corrupt := new(wal.CorruptError); errors.As(err, &corrupt) || s.suffix != "" && err != nil && ctx.Err() == nil {
+		return s.damaged(err)
 	}
 	return err
+}
+
+// damaged is the error for a sealed segment that has other bytes than the
+// server had.
+func (s *sealedFile) damaged(err error) error {
+	if errors.As(err, new(syscall.Errno)) { // the disk's fault; it may read well next time
+		return fmt.Errorf("reading %s: %w", s.path, err)
+	}
+	return &FileError{s.path, fmt.Sprintf("is damaged: %v; move it away and the server sends the segment again, if it still has it", err)}
 }

@@ -2,11 +2,60 @@ package archive_test
 
 import (
 	"bytes"
+	"context"
+	"io"
+	"os"
+	"path/filepath"
 	"testing"
 
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
+
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgtest"
 	"github.com/walfleet/walfleet/internal/wal"
 )
+
+// compressors are by the suffixes of the files that they make.
+var compressors = map[string]func(io.Writer) io.WriteCloser{
+	".gz":  func(w io.Writer) io.WriteCloser { return gzip.NewWriter(w) },
+	".lz4": func(w io.Writer) io.WriteCloser { return lz4.NewWriter(w) },
+	".zst": func(w io.Writer) io.WriteCloser { z, _ := zstd.NewWriter(w); return z },
+}
+
+func compressed(t testing.TB, suffix string, data []byte) []byte {
+	t.Helper()
+	var buf bytes.Buffer
+	z := compressors[suffix](&buf)
+	if _, err := z.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+func put(t testing.TB, path, name string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(path, name), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// compressFile replaces a file by a compressed one.
+func compressFile(t testing.TB, path, name, suffix string) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(path, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, path, name+suffix, compressed(t, suffix, data))
+	if err := os.Remove(filepath.Join(path, name)); err != nil {
+		t.Fatal(err)
+	}
+}
 
 // longRecordWAL has a record that begins in the first segment, and ends in the
 // fourth, and some records after it, up to end.
@@ -20,21 +69,184 @@ func longRecordWAL() (g *pgtest.WAL, end wal.LSN) {
 }
 
 // TestRecordLongerThanASegmentIsGoneOnWith restarts in the segment in which a
-// record ends that began three segments before: neither is anything of it
-// received again, nor is another record in its place taken.
+// record ends that began three segments before, whether those are compressed or
+// not: nothing of it is received again.
 func TestRecordLongerThanASegmentIsGoneOnWith(t *testing.T) {
-	g, end := longRecordWAL()
+	for _, suffixes := range [][3]string{{}, {".gz", ".gz", ".gz"}, {"", ".lz4", ""}, {".zst", "", ".gz"}} {
+		g, end := longRecordWAL()
+		path := t.TempDir()
+		d := open(t, path)
+		w := openTail(t, d)
+		write(t, w, g, 100_000, end)
+		if n := len(flush(t, w)); n != 3 {
+			t.Fatalf("%d segments were sealed, want 3", n)
+		}
+		for i, suffix := range suffixes {
+			if suffix != "" {
+				compressFile(t, path, name(1, i), suffix)
+			}
+		}
+		w = reopen(t, d)
+		if again := end - w.Pos(); w.Durable() != end || again > 2*wal.PageSize {
+			t.Errorf("%q: durable up to %s, and %d bytes come again; want %s, and two pages at most", suffixes, w.Durable(), again, end)
+		}
+		write(t, w, g, 1000, end)
+	}
+}
+
+// reopen opens a directory again, as the next process does.
+func reopen(t testing.TB, d *archive.Dir) *archive.Writer {
+	t.Helper()
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return openTail(t, open(t, d.Path()))
+}
+
+// TestWALThatDoesNotContinueACompressedSegmentIsRefused as it is with a plain
+// one, also in the first record of the next segment.
+func TestWALThatDoesNotContinueACompressedSegmentIsRefused(t *testing.T) {
+	for suffix := range compressors {
+		path := t.TempDir()
+		d := open(t, path)
+		w := openTail(t, d)
+		write(t, w, walTo(begin+mb), 100_000, begin+mb)
+		flush(t, w)
+		compressFile(t, path, name(1, 0), suffix)
+
+		other := newWAL()
+		other.FillTo(begin + mb) // another last record
+		other.FillTo(begin + mb + 8192)
+		w = reopen(t, d)
+		if err := w.Write(w.Pos(), other.Bytes(begin+mb, begin+mb+8192)); !isDivergence(err) {
+			t.Errorf("%s: %v, want a divergence", suffix, err)
+		}
+	}
+}
+
+// TestDamagedCompressedSegmentIsNamed has a segment that cannot be read, right
+// before the place where the archive goes on.
+func TestDamagedCompressedSegmentIsNamed(t *testing.T) {
+	for suffix := range compressors {
+		for what, spoil := range map[string]func([]byte) []byte{
+			"cut short": func(p []byte) []byte { return p[:len(p)/2] },
+			"empty":     func([]byte) []byte { return nil },
+			"changed":   func(p []byte) []byte { p[len(p)/2] ^= 0x55; return p },
+		} {
+			path := t.TempDir()
+			d := open(t, path)
+			w := openTail(t, d)
+			write(t, w, walTo(begin+mb), 100_000, begin+mb)
+			flush(t, w)
+			compressFile(t, path, name(1, 0), suffix)
+			data, err := os.ReadFile(filepath.Join(path, name(1, 0)+suffix))
+			if err != nil {
+				t.Fatal(err)
+			}
+			put(t, path, name(1, 0)+suffix, spoil(data))
+			if _, err := d.OpenWriter(context.Background(), identity, 1, begin+mb); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name(1, 0)+suffix)) {
+				t.Errorf("%s %s: %v; want an error that names the file", suffix, what, err)
+			}
+		}
+	}
+}
+
+// TestPartialThatPgReceivewalCompressedIsGoneOnWith has what pg_receivewal leaves
+// of a segment that it was compressing when it was stopped, or killed.
+func TestPartialThatPgReceivewalCompressedIsGoneOnWith(t *testing.T) {
+	g := walTo(begin + mb + 600<<10)
+	end := g.End()
+	content := append(bytes.Clone(g.Bytes(begin+mb, end)), make([]byte, begin+2*mb-end)...)
+	half := wal.LSN(300 << 10)
+	for suffix := range compressors {
+		for what, test := range map[string]struct {
+			plain  wal.LSN // how much the plain file has; 0: there is none
+			file   []byte  // the compressed one
+			atMost wal.LSN // how much may come again
+		}{
+			"whole":            {0, compressed(t, suffix, content), 16 << 10},
+			"up to its end":    {0, compressed(t, suffix, content[:end-begin-mb]), 16 << 10},
+			"garbage after it": {0, append(compressed(t, suffix, content[:end-begin-mb]), "garbage"...), 16 << 10},
+			"killed":           {0, compressed(t, suffix, content)[:200], 640 << 10},
+			"empty":            {0, nil, 640 << 10},
+			"no such file":     {0, bytes.Repeat([]byte("garbage"), 100), 640 << 10},
+			"plain has more":   {end - begin - mb, compressed(t, suffix, content[:half]), 16 << 10},
+			"plain has less":   {half, compressed(t, suffix, content), 16 << 10},
+		} {
+			t.Run(what+" "+suffix, func(t *testing.T) {
+				path := t.TempDir()
+				d := open(t, path)
+				w := openTail(t, d)
+				write(t, w, g, 100_000, begin+mb+max(test.plain, 1))
+				flush(t, w)
+				partial := name(1, 1) + ".partial"
+				if test.plain == 0 {
+					if err := os.Remove(filepath.Join(path, partial)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				put(t, path, name(1, 1)+suffix+".partial", test.file)
+				w = reopen(t, d)
+				if again := end - w.Pos(); again > test.atMost {
+					t.Errorf("%d bytes come again, want at most %d", again, test.atMost)
+				}
+				write(t, w, g, 1000, end)
+				flush(t, w)
+				wantContent(t, path, g, end, end)
+				if _, err := os.Stat(filepath.Join(path, name(1, 1)+suffix+".partial")); err == nil {
+					t.Error("the compressed file is still there")
+				}
+			})
+		}
+	}
+}
+
+// TestPartialWithOtherWALIsNotTakenOver: neither of two files that contradict
+// each other is touched.
+func TestPartialWithOtherWALIsNotTakenOver(t *testing.T) {
+	g := walTo(begin + 200<<10)
 	path := t.TempDir()
 	d := open(t, path)
 	w := openTail(t, d)
-	write(t, w, g, 100_000, end)
-	if n := len(flush(t, w)); n != 3 {
-		t.Fatalf("%d segments were sealed, want 3", n)
+	write(t, w, g, 100_000, g.End())
+	flush(t, w)
+	other := newWAL()
+	for other.End() < begin+400<<10 {
+		other.Append(make([]byte, 500))
 	}
-	w = openTail(t, d)
-	if again := end - w.Pos(); w.Durable() != end || again > 2*wal.PageSize {
-		t.Errorf("durable up to %s, and %d bytes come again; want %s, and two pages at most", w.Durable(), again, end)
+	put(t, path, name(1, 0)+".gz.partial", compressed(t, ".gz", other.Bytes(begin, other.End())))
+	before := files(t, path)
+	if _, err := d.OpenWriter(context.Background(), identity, 1, begin); !isFileError(err) {
+		t.Errorf("%v; want an error that names the files", err)
 	}
-	write(t, w, g, 1000, end)
-	wantContent(t, path, g, end, end)
+	if after := files(t, path); len(after) != len(before) || after[name(1, 0)+".partial"] != before[name(1, 0)+".partial"] {
+		t.Errorf("files were changed: %v, then %v", before, after)
+	}
+}
+
+// TestCompressedDirectoryOfPgReceivewalIsJudgedByItsHeaders has no plain file.
+func TestCompressedDirectoryOfPgReceivewalIsJudgedByItsHeaders(t *testing.T) {
+	g := walTo(begin + 2*mb)
+	for _, file := range []string{name(1, 0) + ".gz", name(1, 0) + ".lz4", name(1, 0) + ".gz.partial"} {
+		path := t.TempDir()
+		suffix := filepath.Ext(file)
+		if suffix == ".partial" {
+			suffix = ".gz"
+		}
+		put(t, path, file, compressed(t, suffix, g.Bytes(begin, begin+mb)))
+		d := open(t, path)
+		if err := d.Check(identity); err != nil {
+			t.Errorf("%s: %v", file, err)
+		}
+		if err := d.Check(archive.Identity{SystemID: systemID + 1, SegmentSize: mb}); !isIdentityError(err) {
+			t.Errorf("%s: of another cluster: %v", file, err)
+		}
+		want := begin + mb
+		if suffix != filepath.Ext(file) {
+			want = begin
+		}
+		if tail, ok, err := d.Tail(mb); err != nil || !ok || tail.Start != want {
+			t.Errorf("%s: the archive ends at %v, %v, %v; want %s", file, tail, ok, err, want)
+		}
+	}
 }

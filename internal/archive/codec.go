@@ -116,11 +116,14 @@ func compressTo(w io.Writer, c Compression) (io.WriteCloser, error) {
 	return m.compress(w, cmp.Or(c.Level, m.usual))
 }
 
-// decompress makes a reader of what was compressed into a file with the suffix.
-// It checks the checksums that the file has, and takes no more memory than stands
-// with the methods, whatever the file says; how much it yields is not bounded.
-// Closing it does not close r.
+// decompress makes a reader of what was compressed into a file with the suffix;
+// with "" that is the file as it is. It checks the checksums that the file has,
+// and takes no more memory than stands with the methods, whatever the file says;
+// how much it yields is not bounded. Closing it does not close r.
 func decompress(r io.Reader, suffix string) (io.ReadCloser, error) {
+	if suffix == "" {
+		return io.NopCloser(r), nil
+	}
 	for _, m := range methods {
 		if m.suffix == suffix {
 			return m.decompress(r)

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -252,7 +253,7 @@ func (d *Dir) Check(id Identity) error {
 	if err != nil {
 		return err
 	}
-	for name := range c.plain {
+	for name := range c.files {
 		got, ok, err := d.readIdentity(name)
 		if err != nil {
 			return err
@@ -287,12 +288,14 @@ func (d *Dir) readIdentity(name string) (id Identity, ok bool, err error) {
 		return id, false, err
 	}
 	defer f.Close()
+	r, err := decompress(from(f, 0), path.Ext(strings.TrimSuffix(name, partialSuffix)))
+	if err != nil {
+		return id, false, onlyDiskErrors(err)
+	}
+	defer r.Close()
 	page := make([]byte, wal.PageSize)
-	if _, err := f.ReadAt(page, 0); err != nil {
-		if err == io.EOF {
-			err = nil
-		}
-		return id, false, err
+	if _, err := io.ReadFull(r, page); err != nil {
+		return id, false, onlyDiskErrors(err)
 	}
 	id.SystemID, id.SegmentSize, ok = wal.ParseLongHeader(page)
 	return id, ok, nil
@@ -321,7 +324,7 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 	if err != nil {
 		return err
 	}
-	for name := range c.plain {
+	for name := range c.files {
 		if err := syncFile(d.disk, name); err != nil {
 			return err
 		}
@@ -448,22 +451,21 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 		return c, err
 	}
 	for _, name := range names {
-		if base, ok := strings.CutSuffix(name, partialSuffix); ok {
-			if s, err := wal.ParseSegment(base, size); err == nil {
-				c.partial[s] = true
-				c.files[name] = s
+		whole, partial := strings.CutSuffix(name, partialSuffix)
+		for _, suffix := range sealedSuffixes {
+			base, ok := strings.CutSuffix(whole, suffix)
+			s, err := wal.ParseSegment(base, size)
+			if !ok || err != nil {
+				continue
+			}
+			c.files[name] = s
+			if suffix == "" {
 				c.plain[name] = true
 			}
-			continue
-		}
-		for _, suffix := range sealedSuffixes {
-			base, ok := strings.CutSuffix(name, suffix)
-			if s, err := wal.ParseSegment(base, size); ok && err == nil {
+			if partial {
+				c.partial[s] = true
+			} else {
 				c.sealed[s] = true
-				c.files[name] = s
-				if suffix == "" {
-					c.plain[name] = true
-				}
 			}
 		}
 	}

@@ -37,6 +37,7 @@ func place(t *testing.T, names ...string) (path string) {
 
 func isFileError(err error) bool     { return errors.As(err, new(*archive.FileError)) }
 func isIdentityError(err error) bool { return errors.As(err, new(*archive.IdentityError)) }
+func isDivergence(err error) bool    { return errors.As(err, new(*archive.DivergenceError)) }
 
 func TestDirectoryHasOneWriter(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a", "b")

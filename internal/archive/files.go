@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 
@@ -117,6 +118,11 @@ func readFile(d disk, name string) ([]byte, error) {
 		return nil, err
 	}
 	return data, nil
+}
+
+// from reads a file from offset on.
+func from(f file, offset int64) io.Reader {
+	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
 }
 
 // maxSmallFile bounds the size of a file that is read as a whole, in bytes.

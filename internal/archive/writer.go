@@ -124,6 +124,9 @@ func (w *Writer) recover(ctx context.Context) error {
 		return err
 	}
 	for s := w.id.SegmentSize.Segment(w.timeline, w.start); ; s = s.Next() {
+		if err := w.adopt(ctx, s); err != nil {
+			return err
+		}
 		f, err := w.openPartial(s)
 		if errors.Is(err, fs.ErrNotExist) {
 			break
@@ -138,7 +141,7 @@ func (w *Writer) recover(ctx context.Context) error {
 				return err
 			}
 		}
-		err = feed(ctx, walker, f, 0, int64(s.Size))
+		err = feed(ctx, walker, from(f, 0), int64(s.Size))
 		var corrupt *wal.CorruptError
 		if errors.As(err, &corrupt) {
 			break // the end of what the file has
@@ -238,21 +241,21 @@ func settle(d disk, f file) error {
 	return f.DropCache()
 }
 
-// feed gives the bytes of f from offset to end to the walker.
-func feed(ctx context.Context, walker *wal.Walker, f io.ReaderAt, offset, end int64) error {
-	buf := make([]byte, min(64<<10, end-offset))
-	for offset < end {
+// feed gives the next n bytes of r to the walker.
+func feed(ctx context.Context, walker *wal.Walker, r io.Reader, n int64) error {
+	buf := make([]byte, min(64<<10, n))
+	for n > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n, err := f.ReadAt(buf[:min(int64(len(buf)), end-offset)], offset)
-		if err != nil && !(err == io.EOF && n > 0) {
+		p := buf[:min(int64(len(buf)), n)]
+		if _, err := io.ReadFull(r, p); err != nil {
 			return err
 		}
-		if err := walker.Feed(buf[:n]); err != nil {
+		if err := walker.Feed(p); err != nil {
 			return err
 		}
-		offset += int64(n)
+		n -= int64(len(p))
 	}
 	return nil
 }
@@ -266,8 +269,8 @@ func (w *Writer) seedWalker(ctx context.Context) (err error) {
 		return err
 	}
 	w.walker = wal.NewWalker(wal.WalkerConfig{Start: resume, Timeline: w.timeline, Size: w.id.SegmentSize, SystemID: w.id.SystemID})
-	from := w.id.SegmentSize.Offset(resume)
-	return feed(ctx, w.walker, w.open[len(w.open)-1].file, from, from+int64(w.written-resume))
+	last := w.open[len(w.open)-1]
+	return feed(ctx, w.walker, from(last.file, int64(resume-last.Start)), int64(w.written-resume))
 }
 
 // resumePoint is where to ask for WAL again when the last complete record ends
@@ -512,11 +515,11 @@ func (w *Writer) current() (*segment, error) {
 		return s, nil
 	}
 	s := w.id.SegmentSize.Segment(w.timeline, w.written)
-	if sealed, err := w.dir.disk.Open(s.Name()); !errors.Is(err, fs.ErrNotExist) {
+	if sealed, err := w.dir.openSealed(s); !errors.Is(err, fs.ErrNotExist) {
 		if err == nil {
-			err = sealed.Close()
+			err = cmp.Or[error](sealed.file.Close(), &FileError{sealed.path, "is there already, so its segment cannot be written"})
 		}
-		return nil, cmp.Or[error](err, &FileError{w.dir.pathOf(s.Name()), "is there already, so its segment cannot be written"})
+		return nil, err
 	}
 	f, err := w.openPartial(s)
 	if err == nil {

@@ -431,14 +431,17 @@ func TestPartialOfAnotherSizeIsLeftAlone(t *testing.T) {
 }
 
 func TestSegmentThatIsThereIsNeverReplaced(t *testing.T) {
-	for _, when := range []string{"before it is begun", "while it is written"} {
+	for _, when := range []string{"before it is begun", "compressed", "while it is written"} {
 		path := t.TempDir()
 		file := filepath.Join(path, name(1, 1))
+		if when == "compressed" {
+			file += ".lz4"
+		}
 		g := walTo(begin + 2*mb)
 		d := open(t, path)
 		w := openTail(t, d)
 		end := begin + mb
-		if when != "before it is begun" {
+		if when == "while it is written" {
 			end += 5000
 		}
 		write(t, w, g, 100000, end)
