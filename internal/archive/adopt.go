@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"syscall"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -141,15 +140,6 @@ func decompressInto(ctx context.Context, f, compressed file, suffix string, n in
 		if err != nil {
 			return onlyDiskErrors(err)
 		}
-	}
-	return nil
-}
-
-// onlyDiskErrors is nil for an error that comes from what a file has, or does not
-// have, and not from the disk.
-func onlyDiskErrors(err error) error {
-	if errors.As(err, new(syscall.Errno)) {
-		return err
 	}
 	return nil
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
-	"syscall"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -159,7 +158,7 @@ func (s *sealedFile) feed(ctx context.Context, walker *wal.Walker, offset int64)
 // damaged is the error for a sealed segment that has other bytes than the
 // server had.
 func (s *sealedFile) damaged(err error) error {
-	if errors.As(err, new(syscall.Errno)) { // the disk's fault; it may read well next time
+	if isDiskError(err) { // the disk's fault; it may read well next time
 		return fmt.Errorf("reading %s: %w", s.path, err)
 	}
 	return &FileError{s.path, fmt.Sprintf("is damaged: %v; move it away and the server sends the segment again, if it still has it", err)}

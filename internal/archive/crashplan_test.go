@@ -23,6 +23,7 @@ type plan struct {
 	origin   wal.LSN // where the slot is when the archive begins; an archive begins with that segment
 	existing bool    // a pg_receivewal was here before: its files up to the end of the first epoch are there
 	links    bool    // the disk has no rename that does not replace
+	compress Compression
 	epochs   []epoch
 
 	lines map[wal.Timeline]*line
@@ -75,6 +76,9 @@ func newPlan(seed uint64) *plan {
 	g := pgtest.NewWAL(pgtest.WALConfig{SystemID: crashIdentity.SystemID, Size: crashSegment, Start: crashBegin})
 	p := &planner{plan: &plan{seed: seed, lines: map[wal.Timeline]*line{}}, r: r, g: g, tli: 1}
 	p.links, p.existing = r.IntN(4) == 0, r.IntN(6) == 0
+	if n := int(seed % 8); n < len(methods) { // not from r: it would change what the seeds stand for
+		p.compress = Compression{Method: methods[n].name}
+	}
 	p.lines[1] = &line{}
 	p.origin = crashBegin
 	if r.IntN(3) > 0 { // the first segment begins inside a record

@@ -1,11 +1,14 @@
 package archive
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
+	"path"
 	"slices"
 	"strings"
 	"syscall"
@@ -95,6 +98,9 @@ func (v *run) session() error {
 		}
 		v.dir, v.hold = d, 0
 		if err := v.checkMeta(); err != nil {
+			return err
+		}
+		if err := v.compressSealed(); err != nil {
 			return err
 		}
 	}
@@ -302,7 +308,54 @@ func (v *run) flush(end wal.LSN) error {
 		v.dropWriter()
 		return err
 	}
+	if len(sealed) > 0 && v.r.IntN(3) > 0 {
+		if err := v.compressSealed(); err != nil {
+			return err
+		}
+	}
 	return v.acknowledge(end)
+}
+
+// compressSealed is what a receiver does beside all else: a fault of the disk is for the next time.
+func (v *run) compressSealed() error {
+	if v.compress.Method == "" {
+		return nil
+	}
+	plain, err := v.dir.Plain(crashSegment)
+	if err != nil {
+		return err
+	}
+	for _, s := range plain {
+		if _, err := v.dir.Compress(context.Background(), s, v.compress); err != nil && !(isDiskError(err) && v.disk.faults != nil) {
+			return broken("compressing %s: %v", s, err)
+		}
+	}
+	return nil
+}
+
+// sealedName is the name of a sealed segment's file; "": there is none.
+func sealedName(names map[string]*inode, s wal.Segment) string {
+	for _, suffix := range sealedSuffixes {
+		if names[s.Name()+suffix] != nil {
+			return s.Name() + suffix
+		}
+	}
+	return ""
+}
+
+// unpack is what a compressed file has, in a view of it. A segment is all that it can have.
+func unpack(name string, pages []*page, size int64) []byte {
+	z, err := decompress(bytes.NewReader(contentOf(pages, size)), path.Ext(name))
+	if err != nil {
+		return nil
+	}
+	defer z.Close()
+	content := make([]byte, crashSegment+1)
+	n, err := io.ReadFull(z, content)
+	if err != io.ErrUnexpectedEOF {
+		return nil
+	}
+	return content[:n]
 }
 
 // acknowledge is receiver.flushPosition. What is acknowledged must be durable by now.
@@ -343,11 +396,20 @@ func (v *run) checkAck(a ack) error {
 	for at := a.from; at < a.to; {
 		s := crashSegment.Segment(v.owner(a.tli, at), at)
 		to := min(a.to, s.End())
+		want := v.lines[s.Timeline].wal[at-crashBegin : to-crashBegin]
+		if name := sealedName(v.disk.durable, s); len(name) > len(s.Name()) {
+			i := v.disk.durable[name]
+			content := unpack(name, i.disk, i.syncedSize)
+			if len(content) != int(crashSegment) || !bytes.Equal(content[at-s.Start:to-s.Start], want) {
+				return broken("timeline %d is acknowledged up to %s, but %s does not have it", a.tli, a.to, name)
+			}
+			at = to
+			continue
+		}
 		i := v.disk.durable[s.Name()]
 		if i == nil {
 			i = v.disk.durable[s.Name()+partialSuffix]
 		}
-		want := v.lines[s.Timeline].wal[at-crashBegin : to-crashBegin]
 		if i == nil || i.syncedSize != int64(crashSegment) || !has(i.disk, int64(at-s.Start), want) {
 			return broken("timeline %d is acknowledged up to %s, but %s from %s to %s is not on the disk", a.tli, a.to, s, at, to)
 		}
@@ -375,11 +437,17 @@ func (v *run) checkDisk() error {
 		}
 	}
 	for _, s := range v.made.sealed {
-		if v.disk.durable[s.Name()] == nil {
+		if sealedName(v.disk.durable, s) == "" {
 			return broken("%s was sealed, and has lost its name", s)
 		}
 	}
 	for name, i := range v.disk.names {
+		if s, err := wal.ParseSegment(name[:min(len(name), 24)], crashSegment); err == nil && slices.Contains(compressedSuffixes(), name[24:]) {
+			all := v.lines[s.Timeline].wal
+			if !bytes.Equal(unpack(name, i.cache, i.size), all[s.Start-crashBegin:min(int(s.End()-crashBegin), len(all))]) {
+				return broken("%s is named as a complete segment, and is none (%d bytes)", name, i.size)
+			}
+		}
 		if s, err := wal.ParseSegment(name, crashSegment); err == nil {
 			all := v.lines[s.Timeline].wal
 			from, to := s.Start-crashBegin, s.End()-crashBegin
@@ -439,7 +507,8 @@ func (v *run) checkEnd() error {
 	v.made.acks = slices.DeleteFunc(v.made.acks, func(a ack) bool { return a.tli == whole.tli && a.from == whole.from })
 	v.made.acks = append(v.made.acks, whole)
 	for start := whole.from; start+wal.LSN(crashSegment) <= complete; start += wal.LSN(crashSegment) {
-		if s := crashSegment.Segment(v.owner(last.tli, start), start); v.disk.names[s.Name()] == nil {
+		s := crashSegment.Segment(v.owner(last.tli, start), start)
+		if sealedName(v.disk.names, s) == "" {
 			return broken("%s is not sealed in the end", s)
 		}
 	}
@@ -456,6 +525,11 @@ func (v *run) checkEnd() error {
 	if err := v.checkMeta(); err != nil {
 		return err
 	}
+	for range 100 { // until the disk is well again
+		if err := v.compressSealed(); err != nil {
+			return err
+		}
+	}
 	if err := v.checkNames(complete); err != nil {
 		return err
 	}
@@ -471,11 +545,15 @@ func (v *run) checkNames(complete wal.LSN) error {
 	for _, name := range names {
 		_, err := wal.ParseHistoryName(name)
 		base, partial := strings.CutSuffix(name, partialSuffix)
+		packed := slices.Contains(compressedSuffixes(), path.Ext(base))
+		base = strings.TrimSuffix(base, path.Ext(base))
 		s, serr := wal.ParseSegment(base, crashSegment)
 		switch {
 		case name == metaName, err == nil, strings.HasSuffix(name, ".aborted"):
-		case serr != nil:
+		case serr != nil, partial && packed:
 			return broken("%s was left behind", name)
+		case !partial && packed == (v.compress.Method == ""):
+			return broken("%s is there, and segments are compressed with %s", name, v.compress)
 		case partial && v.disk.names[base] != nil:
 			return broken("%s is there as well as %s", name, base)
 		case partial && s.Timeline == v.w.Timeline() && s.Start < complete && s.End() <= complete && s.Start >= v.base():

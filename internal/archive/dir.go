@@ -16,6 +16,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -71,13 +73,16 @@ type FileError struct{ Path, Reason string }
 func (e *FileError) Error() string { return fmt.Sprintf("%s: %s", e.Path, e.Reason) }
 
 // Dir is a cluster's directory, locked by this process until Close. It is used
-// by one goroutine at a time.
+// by one goroutine at a time, but for what says otherwise.
 type Dir struct {
 	path  string
 	disk  disk
 	lock  *flock.Flock
 	meta  *meta // nil until the directory is bound
-	group bool
+	group atomic.Bool
+	// names excludes the two steps that put a compressed segment in the place of a
+	// plain one from a listing, which could miss both.
+	names sync.Mutex
 	// distrusted are names of partial files that a sync failed for. A second sync
 	// would return nil all the same, so they are replaced before they are used.
 	distrusted map[string]bool
@@ -140,7 +145,7 @@ func (d *Dir) load() error {
 		return err
 	}
 	if info, err := os.Stat(d.pathOf(metaName)); err == nil {
-		d.group = info.Mode()&0o040 != 0 // until a server says so
+		d.group.Store(info.Mode()&0o040 != 0) // until a server says so
 	}
 	if err := d.putAside(); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
@@ -157,10 +162,10 @@ func (d *Dir) Path() string { return d.path }
 // SetGroupReadable decides the mode of files made from now on: 0640 instead of
 // 0600, as pg_receivewal does where the server's data directory is readable by
 // the group.
-func (d *Dir) SetGroupReadable(group bool) { d.group = group }
+func (d *Dir) SetGroupReadable(group bool) { d.group.Store(group) }
 
 func (d *Dir) fileMode() fs.FileMode {
-	if d.group {
+	if d.group.Load() {
 		return 0o640
 	}
 	return 0o600
@@ -194,9 +199,13 @@ func (d *Dir) mend() error {
 // isTemporary tells whether a name is one that writeTemp makes.
 func isTemporary(name string) bool {
 	base, ok := strings.CutSuffix(name, tempSuffix)
-	_, err := wal.ParseHistoryName(base)
-	return ok && (base == metaName || strings.HasSuffix(base, partialSuffix) || strings.HasSuffix(base, abortedSuffix) || err == nil)
+	_, history := wal.ParseHistoryName(base)
+	return ok && (base == metaName || history == nil || segmentName(base) && slices.Contains(tempOf, path.Ext(base)))
 }
+
+// tempOf are the suffixes of segments' files that are written under a temporary
+// name first.
+var tempOf = append([]string{partialSuffix, abortedSuffix}, compressedSuffixes()...)
 
 func (d *Dir) readMeta() error {
 	path := d.pathOf(metaName)
@@ -446,7 +455,9 @@ type catalogue struct {
 // of ours.
 func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 	c := catalogue{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]wal.Segment{}, map[string]bool{}}
+	d.names.Lock()
 	names, err := d.disk.Names()
+	d.names.Unlock()
 	if err != nil {
 		return c, err
 	}

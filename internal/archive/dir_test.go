@@ -106,13 +106,13 @@ func TestModesAreThoseOfTheDesign(t *testing.T) {
 
 // A crash leaves unfinished files, and where a rename is a link and a removal, a segment with two names.
 func TestOpenMendsWhatACrashLeft(t *testing.T) {
-	path := place(t, name(1, 0), name(1, 1), name(1, 1)+".partial", name(1, 2)+".partial", name(1, 3)+".partial.tmp",
+	path := place(t, name(1, 0), name(1, 1), name(1, 1)+".partial", name(1, 2)+".partial", name(1, 3)+".partial.tmp", name(1, 0)+".gz.tmp",
 		"archive.json.tmp = {", "00000002.history.tmp = 1", "operators.tmp = mine", "x.partial = mine")
 	if err := os.Link(filepath.Join(path, name(1, 0)), filepath.Join(path, name(1, 0)+".partial")); err != nil {
 		t.Fatal(err)
 	}
 	want := files(t, path)
-	for _, gone := range []string{name(1, 0) + ".partial", name(1, 3) + ".partial.tmp", "archive.json.tmp", "00000002.history.tmp"} {
+	for _, gone := range []string{name(1, 0) + ".partial", name(1, 3) + ".partial.tmp", name(1, 0) + ".gz.tmp", "archive.json.tmp", "00000002.history.tmp"} {
 		delete(want, gone)
 	}
 	open(t, path)

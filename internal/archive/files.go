@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -123,6 +124,18 @@ func readFile(d disk, name string) ([]byte, error) {
 // from reads a file from offset on.
 func from(f file, offset int64) io.Reader {
 	return io.NewSectionReader(f, offset, math.MaxInt64-offset)
+}
+
+// isDiskError tells an error of the operating system from one about what a file
+// has, or does not have.
+func isDiskError(err error) bool { return errors.As(err, new(syscall.Errno)) }
+
+// onlyDiskErrors is nil for an error that is not the operating system's.
+func onlyDiskErrors(err error) error {
+	if isDiskError(err) {
+		return err
+	}
+	return nil
 }
 
 // maxSmallFile bounds the size of a file that is read as a whole, in bytes.

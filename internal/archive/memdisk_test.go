@@ -519,6 +519,19 @@ func has(view []*page, off int64, want []byte) bool {
 	return true
 }
 
+// contentOf is a file's content as a whole.
+func contentOf(view []*page, size int64) []byte {
+	all := make([]byte, 0, size+memPage)
+	for k := 0; int64(len(all)) < size; k++ {
+		p := &zeros
+		if k < len(view) && view[k] != nil {
+			p = view[k]
+		}
+		all = append(all, p[:]...)
+	}
+	return all[:size]
+}
+
 // The model is no stronger than real disks, and no weaker than what makes an archive possible.
 func TestMemDiskLosesWhatWasNotSynced(t *testing.T) {
 	// outcomes are the contents that a file x can have after power losses; "-" where there is none.
