@@ -282,7 +282,7 @@ func (s *session) createSlot(ctx context.Context) error {
 	if !s.cfg.CreateSlot {
 		return &slotError{fmt.Sprintf("replication slot %q does not exist, and create_slot is false: create it with SELECT pg_create_physical_replication_slot('%s', true)", s.cfg.Slot, s.cfg.Slot)}
 	}
-	if err := s.conn.CreateSlot(ctx, s.cfg.Slot); err != nil {
+	if err := s.conn.CreateSlot(ctx, s.cfg.Slot, true); err != nil {
 		return err
 	}
 	s.log.Info("replication slot created", "slot", s.cfg.Slot)

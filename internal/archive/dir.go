@@ -117,7 +117,13 @@ type metaOrigin struct {
 
 // Open makes the directory when it is missing, and locks it. The error is
 // ErrLocked when another process has it.
-func Open(path string) (*Dir, error) {
+func Open(path string) (*Dir, error) { return open(path, osDisk(path)) }
+
+// OpenUnsynced is Open for an archive that nothing is synced for: what a crash of
+// the machine leaves of it may have holes.
+func OpenUnsynced(path string) (*Dir, error) { return open(path, unsynced{osDisk(path)}) }
+
+func open(path string, disk disk) (*Dir, error) {
 	if err := MakeDir(path, 0o700); err != nil {
 		return nil, fmt.Errorf("archive directory: %w", err)
 	}
@@ -129,7 +135,7 @@ func Open(path string) (*Dir, error) {
 	if !locked {
 		return nil, fmt.Errorf("archive directory %s: %w", path, ErrLocked)
 	}
-	d := &Dir{path: path, disk: osDisk(path), lock: lock}
+	d := &Dir{path: path, disk: disk, lock: lock}
 	if err := d.load(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}

@@ -234,6 +234,37 @@ func (f osFile) Size() (int64, error) {
 	return info.Size(), nil
 }
 
+// unsynced is a disk that leaves all syncing to the operating system.
+type unsynced struct{ disk }
+
+func (d unsynced) Open(name string) (file, error)      { return unsyncedOpen(d.disk.Open(name)) }
+func (d unsynced) OpenWrite(name string) (file, error) { return unsyncedOpen(d.disk.OpenWrite(name)) }
+func (d unsynced) Create(name string, mode fs.FileMode) (file, error) {
+	return unsyncedOpen(d.disk.Create(name, mode))
+}
+func (unsynced) Sync() error { return nil }
+
+// unsyncedFile is a file of an unsynced disk. What was not synced stays cached.
+type unsyncedFile struct{ file }
+
+func unsyncedOpen(f file, err error) (file, error) {
+	if err != nil {
+		return nil, err
+	}
+	return unsyncedFile{f}, nil
+}
+
+func (unsyncedFile) Sync() error      { return nil }
+func (unsyncedFile) SyncData() error  { return nil }
+func (unsyncedFile) DropCache() error { return nil }
+
+// SyncFailed tells whether err is of a sync that failed: what the disk has is not
+// known any more.
+func SyncFailed(err error) bool {
+	var pe *os.PathError
+	return errors.As(err, &pe) && (pe.Op == "sync" || pe.Op == "fdatasync")
+}
+
 // syncDir makes the names in a directory durable.
 func syncDir(path string) error {
 	d, err := os.Open(path)

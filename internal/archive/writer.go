@@ -285,6 +285,15 @@ func (w *Writer) resumePoint(boundary wal.LSN) wal.LSN {
 	return page - wal.PageSize
 }
 
+// Partial are the segments that are not sealed yet, oldest first.
+func (w *Writer) Partial() []wal.Segment {
+	segments := make([]wal.Segment, len(w.open))
+	for i, s := range w.open {
+		segments[i] = s.Segment
+	}
+	return segments
+}
+
 // Timeline is the timeline that is written.
 func (w *Writer) Timeline() wal.Timeline { return w.timeline }
 

@@ -61,10 +61,15 @@ func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error)
 	config := h.config.Copy()
 	dialer := h.dialer
 	dialer.Timeout = config.ConnectTimeout
-	config.DialFunc = dialer.DialContext
+	dial := dialer.DialContext
 	if o.Dial != nil {
-		config.DialFunc = o.Dial
+		dial = o.Dial
 		config.LookupFunc = func(_ context.Context, host string) ([]string, error) { return []string{host}, nil }
+	}
+	var dialled []string
+	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		dialled = append(dialled, address)
+		return dial(ctx, network, address)
 	}
 	if o.ApplicationName != "" {
 		config.RuntimeParams["application_name"] = o.ApplicationName
@@ -81,7 +86,7 @@ func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error)
 	}
 	pg, err := pgconn.ConnectConfig(ctx, config)
 	if err != nil {
-		return nil, wrap("connecting to "+h.name, err)
+		return nil, connectError(h.name, dialled, config.Password, err)
 	}
 	return &Conn{pg: pg, host: h.name, config: config, timeout: o.Timeout}, nil
 }
@@ -296,13 +301,18 @@ func (c *Conn) SelectSlot(ctx context.Context, name string) (Slot, error) {
 	return makeSlot("reading pg_replication_slots", row[0], row[1], row[2])
 }
 
-// CreateSlot creates a physical slot that retains WAL from now on. A slot that
-// exists already is a ServerError with CodeDuplicateObject.
-func (c *Conn) CreateSlot(ctx context.Context, name string) error {
+// CreateSlot creates a physical slot that retains WAL from now on when reserve is
+// true, else from the first time that it is streamed from. A slot that exists
+// already is a ServerError with CodeDuplicateObject.
+func (c *Conn) CreateSlot(ctx context.Context, name string, reserve bool) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
+	action := ""
+	if reserve {
+		action = "RESERVE_WAL"
+	}
 	_, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdentifier(name), "", pglogrepl.CreateReplicationSlotOptions{
-		Mode: pglogrepl.PhysicalReplication, SnapshotAction: "RESERVE_WAL",
+		Mode: pglogrepl.PhysicalReplication, SnapshotAction: action,
 	})
 	return wrap("CREATE_REPLICATION_SLOT "+quoteIdentifier(name), err)
 }

@@ -138,7 +138,7 @@ func parseHost(s, name, addr string) (hostConfig, error) {
 	if err != nil {
 		return hostConfig{}, err
 	}
-	config, err := parse(override(s, [][2]string{{"host", host}, {"port", port}, {"target_session_attrs", "any"}}))
+	config, err := parse(Override(s, [][2]string{{"host", host}, {"port", port}, {"target_session_attrs", "any"}}))
 	if err != nil {
 		return hostConfig{}, err
 	}
@@ -423,8 +423,9 @@ func splitHostPort(name string) (host, port string, err error) {
 	return net.SplitHostPort(name)
 }
 
-// override adds settings to a conninfo; in both forms the last one counts.
-func override(s string, settings [][2]string) string {
+// Override adds settings, pairs of keyword and value, to a conninfo. They count
+// instead of those that it has.
+func Override(s string, settings [][2]string) string {
 	var b strings.Builder
 	b.WriteString(s)
 	_, rest, isURI := strings.Cut(s, "://")

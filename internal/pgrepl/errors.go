@@ -23,9 +23,73 @@ const (
 	CodeNotPrerequisite   = "55000" // e.g. a slot needs wal_level >= replica
 )
 
+// Receiving is what is being done when an error ends a stream.
+const Receiving = "receiving"
+
+// ErrNoPassword says that a server wanted a password, and neither the conninfo nor
+// what it stands for had one.
+var ErrNoPassword = errors.New("no password was supplied")
+
+// ConnectError is a host that could not be connected to.
+type ConnectError struct {
+	Host     string    // "host:port"
+	Attempts []Attempt // at least one
+	err      error
+}
+
+// Attempt is one address of a host that was tried, or the name that has none.
+type Attempt struct {
+	Host    string // as the conninfo has it: a name, an address, or a socket's directory
+	Address string // "address:port", or a socket's path; "": Host could not be looked up
+	Err     error  // a ServerError, ErrNoPassword, or what the network said
+}
+
+func (e *ConnectError) Error() string { return e.err.Error() }
+
+// Unwrap gives all causes.
+func (e *ConnectError) Unwrap() []error {
+	causes := []error{e.err}
+	for _, a := range e.Attempts {
+		causes = append(causes, a.Err)
+	}
+	return causes
+}
+
+// connectError takes pgconn's error apart. dialled are the addresses that were
+// tried, in order. An address that was tried again without TLS, as sslmode=prefer
+// does, failed for the last reason, and for what the server said before.
+func connectError(host string, dialled []string, password string, err error) *ConnectError {
+	e := &ConnectError{Host: host, err: wrap("connecting to "+host, err)}
+	causes := []error{err}
+	if joined := (interface{ Unwrap() []error })(nil); errors.As(err, &joined) {
+		causes = joined.Unwrap()
+	}
+	name, _, _ := splitHostPort(host)
+	unresolved := max(0, len(causes)-len(dialled))
+	for i, cause := range causes {
+		a := Attempt{Host: name, Err: cause}
+		if i >= unresolved {
+			a.Address = dialled[i-unresolved]
+		}
+		if pe := (*pgconn.PgError)(nil); errors.As(cause, &pe) {
+			a.Err = &ServerError{"connecting to " + host, pe.Severity, pe.Code, pe.Message, pe.Detail, pe.Hint}
+			if pe.Code == CodeInvalidPassword && password == "" {
+				a.Err = errors.Join(ErrNoPassword, a.Err)
+			}
+		}
+		if last := len(e.Attempts) - 1; last >= 0 && e.Attempts[last].Address == a.Address && Code(e.Attempts[last].Err) == "" {
+			e.Attempts[last] = a
+			continue
+		}
+		e.Attempts = append(e.Attempts, a)
+	}
+	return e
+}
+
 // ServerError is an error that the server reported. Its texts came over the
 // network and are escaped before they are shown.
 type ServerError struct {
+	Doing                                 string // the command that it answers, or Receiving, or what else was being done
 	Severity, Code, Message, Detail, Hint string
 }
 
@@ -74,7 +138,7 @@ func wrap(doing string, err error) error {
 	}
 	var pe *pgconn.PgError
 	if errors.As(err, &pe) {
-		return fmt.Errorf("%s: %w", doing, &ServerError{pe.Severity, pe.Code, pe.Message, pe.Detail, pe.Hint})
+		return fmt.Errorf("%s: %w", doing, &ServerError{doing, pe.Severity, pe.Code, pe.Message, pe.Detail, pe.Hint})
 	}
 	return &shown{text: doing + ": " + clean(err.Error()), err: err}
 }

@@ -66,10 +66,14 @@ type NextTimeline struct {
 }
 
 // StartStream begins streaming tli from start, which counts as a byte of a
-// segment's page. When the requested timeline has nothing to stream, the server
-// names the next one at once: then the Stream is nil.
+// segment's page, on a slot, or on none when slot is empty. When the requested
+// timeline has nothing to stream, the server names the next one at once: then the
+// Stream is nil.
 func (c *Conn) StartStream(ctx context.Context, slot string, tli wal.Timeline, start wal.LSN) (*Stream, NextTimeline, error) {
-	sql := fmt.Sprintf("START_REPLICATION SLOT %s PHYSICAL %s TIMELINE %d", quoteIdentifier(slot), start, tli)
+	if slot != "" {
+		slot = "SLOT " + quoteIdentifier(slot) + " "
+	}
+	sql := fmt.Sprintf("START_REPLICATION %sPHYSICAL %s TIMELINE %d", slot, start, tli)
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	s := newStream(c)
@@ -167,7 +171,7 @@ func (s *Stream) SetDeadline(t time.Time) error {
 		return nil
 	}
 	s.deadline = t
-	return wrap("receiving", s.net.SetReadDeadline(t))
+	return wrap(Receiving, s.net.SetReadDeadline(t))
 }
 
 // Receive returns the next message. When the deadline passes first the error is
@@ -183,7 +187,7 @@ func (s *Stream) Receive() (Message, error) {
 			if errors.As(err, &tooLong) {
 				return Message{}, protocolErrorf("message of %d bytes, more than the %d that a server may send", tooLong.ActualBodyLen, tooLong.MaxExpectedBodyLen)
 			}
-			return Message{}, wrap("receiving", err)
+			return Message{}, wrap(Receiving, err)
 		}
 		switch msg := msg.(type) {
 		case *pgproto3.CopyData:
@@ -191,7 +195,7 @@ func (s *Stream) Receive() (Message, error) {
 		case *pgproto3.CopyDone:
 			return Message{Kind: Done}, nil
 		case *pgproto3.ErrorResponse:
-			return Message{}, wrap("receiving", pgconn.ErrorResponseToPgError(msg))
+			return Message{}, wrap(Receiving, pgconn.ErrorResponseToPgError(msg))
 		case *pgproto3.CommandComplete: // WalSndDone in walsender.c
 			return Message{}, ErrShutdown
 		case *pgproto3.NoticeResponse, *pgproto3.ParameterStatus:

@@ -78,7 +78,7 @@ func FuzzCleanMakesOneSafeLine(f *testing.F) {
 }
 
 func TestServerErrorIsEscaped(t *testing.T) {
-	err := fmt.Errorf("doing: %w", &ServerError{"ERROR\x1b", "42704", "no\nslot", "de\x07tail", "hi\x00nt"})
+	err := fmt.Errorf("doing: %w", &ServerError{Receiving, "ERROR\x1b", "42704", "no\nslot", "de\x07tail", "hi\x00nt"})
 	if got, want := err.Error(), `doing: ERROR\x1b: no; slot (SQLSTATE 42704), detail: de\atail, hint: hi\x00nt`; got != want {
 		t.Errorf(" got %s\nwant %s", got, want)
 	}
