@@ -1,6 +1,10 @@
 package receiver
 
-import "time"
+import (
+	"time"
+
+	"github.com/walfleet/walfleet/internal/wal"
+)
 
 // Source says which servers of a cluster may be archived.
 const (
@@ -23,15 +27,19 @@ type Config struct {
 	Conninfo        string // libpq keywords or URI; may name several hosts
 	PasswordFile    string // file that holds the password, read at each connect; empty: libpq's places
 	ApplicationName string // empty: the conninfo's, then PGAPPNAME, then "walfleet"
-	Slot            string // physical replication slot
+	Slot            string // physical replication slot; empty: none, and no flush position is sent unless Synchronous
 
 	CreateSlot  bool   // create Slot when the server does not have it
+	SlotAsIs    bool   // do not ask about Slot over an ordinary connection, nor make it anew, whatever became of it
 	Synchronous bool   // flush as soon as nothing more waits to be read
 	Source      string // SourcePrimary or SourceAny
 	OnGap       string // GapHalt or GapRecord
-	MinFree     int64  // bytes of the archive's file system that are left free
+	MinFree     int64  // bytes of the archive's file system that are left free; below 0: a full disk ends the session
+	NoSync      bool   // sync nothing; what is acknowledged then survives no crash of the machine
 
 	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
 	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead
-	FlushInterval  time.Duration // longest time that received WAL stays unsynced when not Synchronous
+	FlushInterval  time.Duration // longest time that received WAL stays unsynced when not Synchronous; 0: until its segment ends
+
+	EndPos wal.LSN // RunOnce returns once WAL beyond it has come; 0: never
 }

@@ -46,18 +46,23 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 	s.log.Info("streaming started", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
 	s.setState(CatchingUp, "")
 	err := st.interruptible(ctx)
-	ended := errors.Is(err, errTimelineEnded)
+	ended, reached := errors.Is(err, errTimelineEnded), errors.Is(err, errEndReached)
 	if s.writer != nil {
 		if ferr := st.flush(); ferr != nil {
 			return pgrepl.NextTimeline{}, ferr
 		}
 	}
 	st.publish()
+	if err == nil || ended || reached || errors.Is(err, pgrepl.ErrShutdown) {
+		s.logPartial()
+	}
 	switch {
 	case ended:
 		return st.finish(ctx)
 	case err == nil: // ctx is done
 		return pgrepl.NextTimeline{}, st.goodbye()
+	case reached:
+		return pgrepl.NextTimeline{}, errors.Join(err, st.goodbye())
 	}
 	return pgrepl.NextTimeline{}, s.noteGap(ctx, err)
 }
@@ -140,6 +145,28 @@ func (s *stream) loop(ctx context.Context) error {
 		if err := s.handle(ctx, msg); err != nil {
 			return err
 		}
+		if err := s.checkEnd(s.writer.Pos()); err != nil {
+			return err
+		}
+	}
+}
+
+// errEndReached ends the session in which WAL beyond the configuration's EndPos has
+// come.
+var errEndReached = errors.New("the end position was passed")
+
+// checkEnd returns errEndReached when there is WAL beyond the end position, up to pos.
+func (s *session) checkEnd(pos wal.LSN) error {
+	if s.cfg.EndPos == 0 || pos <= s.cfg.EndPos {
+		return nil
+	}
+	s.log.Info(MsgEndReached, "timeline", s.writer.Timeline(), "lsn", pos)
+	return errEndReached
+}
+
+func (s *session) logPartial() {
+	for _, segment := range s.writer.Partial() {
+		s.log.Debug(MsgPartial, "segment", segment.Name(), "timeline", segment.Timeline)
 	}
 }
 
@@ -198,7 +225,7 @@ func (s *stream) flushIfDue() error {
 		if s.cfg.Synchronous {
 			due = s.unsynced >= maxUnsyncedBytes || age >= maxUnsyncedAge || s.Drained()
 		} else {
-			due = age >= s.cfg.FlushInterval
+			due = s.cfg.FlushInterval > 0 && age >= s.cfg.FlushInterval
 		}
 	}
 	if !due {
@@ -212,7 +239,7 @@ func (s *stream) flush() error {
 	sealed, err := s.writer.Flush()
 	for _, segment := range sealed {
 		s.now.sealed++
-		s.log.Info("segment sealed", "segment", segment.Name(), "timeline", segment.Timeline, "end", segment.End())
+		s.log.Info(MsgSealed, "segment", segment.Name(), "timeline", segment.Timeline, "end", segment.End())
 	}
 	if err != nil {
 		s.dropWriter()
@@ -224,7 +251,8 @@ func (s *stream) flush() error {
 
 // flushPosition is what may be acknowledged: complete records that are synced;
 // nothing while the overlap with the archive is being compared, nor below what
-// the archive had before, nor beyond what the server says it has.
+// the archive had before, nor beyond what the server says it has; nothing without
+// a slot unless synchronous, for that alone makes a synchronous standby.
 //
 // A standby that shuts down waits until everything that it sent is acknowledged,
 // and its WAL can end inside a record (WalSndDone in walsender.c). Without a
@@ -232,6 +260,9 @@ func (s *stream) flush() error {
 // that is what it gets then.
 func (s *stream) flushPosition() wal.LSN {
 	durable := s.writer.Durable()
+	if s.cfg.Slot == "" && !s.cfg.Synchronous {
+		return 0
+	}
 	if s.id.InRecovery && s.replying && durable < s.writer.Written() {
 		return 0
 	}
@@ -285,11 +316,11 @@ func (s *stream) deadline() time.Time {
 	if s.cfg.StatusInterval > 0 {
 		d = earlier(d, s.lastSent.Add(s.cfg.StatusInterval))
 	}
-	if s.unsynced > 0 {
-		patience := s.cfg.FlushInterval
-		if s.cfg.Synchronous {
-			patience = maxUnsyncedAge
-		}
+	patience := s.cfg.FlushInterval
+	if s.cfg.Synchronous {
+		patience = maxUnsyncedAge
+	}
+	if s.unsynced > 0 && patience > 0 {
 		d = earlier(d, s.oldest.Add(patience))
 	}
 	return d

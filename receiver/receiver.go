@@ -28,11 +28,14 @@ const (
 	// condition.
 	blockedRetry = 2 * time.Second
 	haltedRetry  = 30 * time.Second
+	// atOnce is the pause before an attempt that is part of going on.
+	atOnce = time.Millisecond
 	// stopTimeout bounds the good-bye to a server.
 	stopTimeout = 5 * time.Second
 )
 
-// Receiver archives one cluster. Make it with New, run it once with Run.
+// Receiver archives one cluster. Make it with New, then either run it once with Run,
+// or call RunOnce as often as needed, and Close.
 type Receiver struct {
 	cfg  Config
 	log  *slog.Logger
@@ -45,7 +48,7 @@ type Receiver struct {
 	decisions chan decision
 	done      chan struct{} // closed when Run has returned
 
-	// Owned by Run.
+	// Owned by Run or RunOnce.
 	now    progress
 	dir    *archive.Dir
 	writer *archive.Writer // kept from one connection to the next; nil after an error of its own
@@ -123,6 +126,31 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	}
 }
 
+// RunOnce archives over one connection, and returns what ended that. It is nil when
+// ctx is done or cfg.EndPos was passed, after what came was flushed and the server
+// was told. Another RunOnce goes on where this one ended, without reading the
+// archive again unless it has to.
+func (r *Receiver) RunOnce(ctx context.Context) error {
+	for {
+		_, err := r.guardedSession(ctx)
+		if errors.Is(err, errEndReached) || ctx.Err() != nil && !archive.SyncFailed(err) {
+			return nil
+		}
+		t := classify(err)
+		if t.state == Backoff && t.pause == atOnce {
+			continue
+		}
+		if t.state == Halted {
+			err = errors.Join(err, r.release()) // whoever mends this may have to change the directory
+		}
+		r.setState(t.state, err.Error())
+		return err
+	}
+}
+
+// Close ends what RunOnce left open.
+func (r *Receiver) Close() error { return r.close() }
+
 // guardedSession is a session whose panic is its own failure: siblings go on,
 // and so does this cluster, from what the disk has.
 func (r *Receiver) guardedSession(ctx context.Context) (streamed bool, err error) {
@@ -159,7 +187,7 @@ func (r *Receiver) reportTrouble(last, now trouble, err error, pause time.Durati
 	if now.hint != "" {
 		attrs = append(attrs, "hint", now.hint)
 	}
-	r.log.Log(context.Background(), level, "not archiving", attrs...)
+	r.log.Log(context.Background(), level, MsgTrouble, attrs...)
 	return now
 }
 
@@ -188,7 +216,7 @@ func (r *Receiver) release() error {
 func (r *Receiver) close() error {
 	err := r.release()
 	r.setState(Stopped, "")
-	r.log.Info("stopped", "timeline", r.now.timeline, "flushed", r.now.flushed)
+	r.log.Info(MsgStopped, "timeline", r.now.timeline, "flushed", r.now.flushed)
 	return err
 }
 

@@ -26,7 +26,11 @@ type session struct {
 func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	r.setState(Connecting, r.state.Load().Reason)
 	if r.dir == nil {
-		if r.dir, err = archive.Open(r.cfg.Dir); err != nil {
+		open := archive.Open
+		if r.cfg.NoSync {
+			open = archive.OpenUnsynced
+		}
+		if r.dir, err = open(r.cfg.Dir); err != nil {
 			return false, err
 		}
 	}
@@ -51,6 +55,10 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	defer wait()
 	defer leave(nil) // before the wait
 	for {
+		s.log.Debug(MsgStarting, "timeline", s.writer.Timeline(), "lsn", s.writer.Pos())
+		if err := s.checkEnd(s.writer.Durable()); err != nil {
+			return streamed, err
+		}
 		stream, next, err := s.start(ctx)
 		if err != nil {
 			return streamed, err
@@ -114,7 +122,7 @@ func (s *session) logConnected() {
 	if s.id.InRecovery {
 		attrs = append(attrs, "role", "standby")
 	}
-	s.log.Info("connected", attrs...)
+	s.log.Info(MsgConnected, attrs...)
 }
 
 // storeHistories stores the history of the server's timeline, and those of its
@@ -188,7 +196,7 @@ func (s *session) chooseStart(ctx context.Context) error {
 // has the WAL that comes next: the start of a segment, with its timeline.
 func (s *session) gapEnd(ctx context.Context, conn *pgrepl.Conn, from wal.LSN) (wal.Timeline, wal.LSN) {
 	lsn := s.id.XLogPos
-	if slot, err := conn.ReadSlot(ctx, s.id, s.cfg.Slot); err == nil && slot.RestartLSN > from && !slot.Lost {
+	if slot, err := s.readSlot(ctx, conn); err == nil && slot.RestartLSN > from && !slot.Lost {
 		lsn = slot.RestartLSN
 	}
 	return s.history.At(lsn), s.id.SegmentSize.Start(lsn)
@@ -250,10 +258,19 @@ func (s *session) bind(tli wal.Timeline, start wal.LSN, source string) error {
 	return s.dir.Bind(archiveIdentity(s.id), archive.Origin{Timeline: tli, LSN: start, Source: source, Time: time.Now()})
 }
 
+// readSlot reads the slot on conn, as far as that may be done: one that is not asked
+// about exists, and retains nothing that is known.
+func (s *session) readSlot(ctx context.Context, conn *pgrepl.Conn) (pgrepl.Slot, error) {
+	if s.cfg.Slot == "" || s.cfg.SlotAsIs && s.id.Major < 15 {
+		return pgrepl.Slot{Exists: true}, nil
+	}
+	return conn.ReadSlot(ctx, s.id, s.cfg.Slot)
+}
+
 // firstPosition is the oldest WAL that the slot retains, and makes the slot when
 // it is missing.
 func (s *session) firstPosition(ctx context.Context) (lsn wal.LSN, source string, err error) {
-	slot, err := s.conn.ReadSlot(ctx, s.id, s.cfg.Slot)
+	slot, err := s.readSlot(ctx, s.conn)
 	if readErr := err; errors.Is(err, pgrepl.ErrSlotUnreadable) {
 		if err := s.createSlot(ctx); err != nil {
 			return 0, "", &slotError{fmt.Sprintf("where the WAL of replication slot %q begins cannot be read on PostgreSQL %d (%v), and it could not be created (%v): "+
@@ -279,6 +296,9 @@ func (s *session) firstPosition(ctx context.Context) (lsn wal.LSN, source string
 }
 
 func (s *session) createSlot(ctx context.Context) error {
+	if s.cfg.SlotAsIs {
+		return &slotError{fmt.Sprintf("replication slot \"%s\" does not exist", s.cfg.Slot)}
+	}
 	if !s.cfg.CreateSlot {
 		return &slotError{fmt.Sprintf("replication slot %q does not exist, and create_slot is false: create it with SELECT pg_create_physical_replication_slot('%s', true)", s.cfg.Slot, s.cfg.Slot)}
 	}
@@ -293,6 +313,10 @@ func (s *session) createSlot(ctx context.Context) error {
 // invalidated is made anew: the server then says whether it still has the WAL.
 func (s *session) start(ctx context.Context) (*pgrepl.Stream, pgrepl.NextTimeline, error) {
 	tli, pos := s.writer.Timeline(), s.writer.Pos()
+	if s.cfg.SlotAsIs || s.cfg.Slot == "" {
+		stream, next, err := s.conn.StartStream(ctx, s.cfg.Slot, tli, pos)
+		return stream, next, s.noteGap(ctx, err)
+	}
 	if err := s.renewLostSlot(ctx); err != nil {
 		return nil, pgrepl.NextTimeline{}, err
 	}
@@ -407,7 +431,7 @@ func (s *session) follow(ctx context.Context, next pgrepl.NextTimeline) error {
 	case err != nil:
 		return err
 	}
-	s.log.Info("following a new timeline", "timeline", next.Timeline, "from_timeline", old.Timeline(), "fork", next.Start)
+	s.log.Info(MsgFollowing, "timeline", next.Timeline, "from_timeline", old.Timeline(), "fork", next.Start)
 	s.hold = 0
 	s.dropWriter()
 	writer, err := s.dir.OpenWriter(ctx, archiveIdentity(s.id), next.Timeline, s.id.SegmentSize.Start(next.Start))

@@ -16,7 +16,7 @@ const spaceInterval = time.Second
 // position that was reached keep the connection.
 func (s *stream) awaitSpace(ctx context.Context, n int) error {
 	due := s.writer.SegmentDue(n)
-	if !due && time.Now().Before(s.spaceAt) || ctx.Err() != nil {
+	if s.cfg.MinFree < 0 || !due && time.Now().Before(s.spaceAt) || ctx.Err() != nil {
 		return nil
 	}
 	shortage, err := s.shortage(due)
@@ -28,7 +28,7 @@ func (s *stream) awaitSpace(ctx context.Context, n int) error {
 	}
 	s.publish()
 	s.setState(Blocked, shortage)
-	s.log.Warn("not archiving", "state", string(Blocked), "error", shortage, "flushed", s.now.flushed,
+	s.log.Warn(MsgTrouble, "state", string(Blocked), "error", shortage, "flushed", s.now.flushed,
 		"hint", "make room in archive_dir; the server keeps its WAL meanwhile, a synchronous one waits, and archiving goes on by itself")
 	for shortage != "" {
 		if err := s.sendStatus(false); err != nil {

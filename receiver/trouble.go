@@ -74,6 +74,7 @@ func (e hostsError) Error() string {
 	}
 	return strings.Join(texts, "; ")
 }
+func (e hostsError) Unwrap() []error { return e }
 
 // codes says what SQLSTATEs mean. What is not here is transient.
 var codes = map[string]trouble{
@@ -113,9 +114,9 @@ func classify(err error) trouble {
 	halted := func(kind, hint string) trouble { return trouble{Halted, kind, haltedRetry, hint} }
 	switch {
 	case errors.As(err, &aborted):
-		return trouble{Backoff, "aborted record", time.Millisecond, ""}
+		return trouble{Backoff, "aborted record", atOnce, ""}
 	case errors.Is(err, errGapRecorded):
-		return trouble{Backoff, "gap recorded", time.Millisecond, ""}
+		return trouble{Backoff, "gap recorded", atOnce, ""}
 	case errors.As(err, &gap):
 		return halted("gap", "no recovery can pass the missing WAL: run \"walfleet accept-gap CLUSTER\" to write the gap down and go on behind it, then take a base backup; or move the cluster's directory away to begin a new archive")
 	case errors.As(err, &stray):
