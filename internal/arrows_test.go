@@ -17,12 +17,14 @@ import (
 // arrows has every package of the module, and the packages on the floor below that it may import. What
 // those may import, it may import too: an arrow may skip a floor, but never goes up or to a sibling.
 var arrows = map[string][]string{
-	"cmd/walfleet": {"internal/control", "internal/console", "internal/check", "internal/demo", "internal/restore", "internal/verify"},
+	"cmd/walfleet": {"internal/control", "internal/console", "internal/check", "internal/demo", "internal/restore", "internal/verify", "internal/receivewal"},
 
 	"internal/control": {"fleet"},
 	"internal/console": {"fleet"},
 	"internal/check":   {"fleet"},
 	"internal/demo":    {"fleet"},
+
+	"internal/receivewal": {"receiver"},
 
 	"fleet":    {"receiver"},
 	"receiver": {"internal/pgrepl", "internal/archive"},

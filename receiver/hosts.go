@@ -101,7 +101,7 @@ func compareBool(a, b bool) int {
 
 // askHosts asks all hosts at once. Once one has answered as it should, the
 // others have hostGrace to do so too.
-func (s *session) askHosts(ctx context.Context, conninfo *pgrepl.Conninfo) (answered []candidate, failed hostsError) {
+func (s *session) askHosts(ctx context.Context, conninfo *pgrepl.Conninfo) (answered []candidate, failed HostsError) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type answer struct {

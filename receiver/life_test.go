@@ -638,7 +638,7 @@ func TestPolarDBIsRecognised(t *testing.T) {
 
 func TestClassify(t *testing.T) {
 	server := func(code string) error { return fmt.Errorf("doing: %w", &pgrepl.ServerError{Code: code}) }
-	hosts := func(errs ...error) error { return fmt.Errorf("all: %w", hostsError(errs)) }
+	hosts := func(errs ...error) error { return fmt.Errorf("all: %w", HostsError(errs)) }
 	for _, tt := range []struct {
 		err  error
 		want State

@@ -64,17 +64,17 @@ type refusedError struct{ reason string }
 
 func (e *refusedError) Error() string { return e.reason }
 
-// hostsError is what each of the cluster's hosts had to say.
-type hostsError []error
+// HostsError is what each of the hosts had to say, of which none could be archived.
+type HostsError []error
 
-func (e hostsError) Error() string {
+func (e HostsError) Error() string {
 	texts := make([]string, len(e))
 	for i, err := range e {
 		texts[i] = err.Error()
 	}
 	return strings.Join(texts, "; ")
 }
-func (e hostsError) Unwrap() []error { return e }
+func (e HostsError) Unwrap() []error { return e }
 
 // codes says what SQLSTATEs mean. What is not here is transient.
 var codes = map[string]trouble{
@@ -94,7 +94,7 @@ var codes = map[string]trouble{
 
 // classify says what to do about an error that ended a session.
 func classify(err error) trouble {
-	var hosts hostsError
+	var hosts HostsError
 	if errors.As(err, &hosts) {
 		return classifyHosts(hosts)
 	}
@@ -162,7 +162,7 @@ func classify(err error) trouble {
 
 // classifyHosts is the mildest trouble of several hosts: one that may come back
 // by itself is waited for, whatever is wrong with the others.
-func classifyHosts(hosts hostsError) trouble {
+func classifyHosts(hosts HostsError) trouble {
 	rank := map[State]int{Backoff: 0, Blocked: 1, Halted: 2}
 	mildest := trouble{state: Halted}
 	for i, err := range hosts {

@@ -7,15 +7,23 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 )
 
 func main() {
+	if filepath.Base(os.Args[0]) == "pg_receivewal" {
+		os.Exit(receivewalMain(os.Args[1:]))
+	}
 	root := newRoot()
 	err := root.ExecuteContext(context.Background())
 	if err == nil {
 		return
+	}
+	var status exitStatus
+	if errors.As(err, &status) {
+		os.Exit(int(status))
 	}
 	fmt.Fprintln(os.Stderr, "walfleet:", err)
 	var usage *usageError
@@ -82,7 +90,7 @@ The role needs REPLICATION, and pg_hba.conf a line such as
 	}
 	root.PersistentFlags().StringVarP(&g.configFile, "config", "c", g.configFile, "configuration file (environment: WALFLEET_CONFIG)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newRunCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newRunCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g), newReceivewalCommand(), newDemoCommand(), newVersionCommand())
 	return root
 }
 

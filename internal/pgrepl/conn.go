@@ -314,7 +314,7 @@ func (c *Conn) CreateSlot(ctx context.Context, name string, reserve bool) error 
 	_, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdentifier(name), "", pglogrepl.CreateReplicationSlotOptions{
 		Mode: pglogrepl.PhysicalReplication, SnapshotAction: action,
 	})
-	return wrap("CREATE_REPLICATION_SLOT "+quoteIdentifier(name), err)
+	return wrap("CREATE_REPLICATION_SLOT "+quoteIdentifier(name)+" PHYSICAL", err)
 }
 
 // DropSlot drops a slot that nobody uses.

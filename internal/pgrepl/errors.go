@@ -104,6 +104,18 @@ func (e *ServerError) Error() string {
 	return s
 }
 
+// Lines is the error as psql shows it, with a detail and a hint in lines of their own.
+func (e *ServerError) Lines() string {
+	s := clean(e.Severity) + ":  " + clean(e.Message)
+	if e.Detail != "" {
+		s += "\nDETAIL:  " + clean(e.Detail)
+	}
+	if e.Hint != "" {
+		s += "\nHINT:  " + clean(e.Hint)
+	}
+	return s
+}
+
 // Code returns the SQLSTATE of a ServerError in err's chain, or "".
 func Code(err error) string {
 	var se *ServerError
