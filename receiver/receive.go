@@ -155,7 +155,8 @@ func (s *stream) loop(ctx context.Context) error {
 // come.
 var errEndReached = errors.New("the end position was passed")
 
-// checkEnd returns errEndReached when there is WAL beyond the end position, up to pos.
+// checkEnd returns errEndReached when pos is beyond the end position. What the last
+// segment has beyond it already is compared first.
 func (s *session) checkEnd(pos wal.LSN) error {
 	if s.cfg.EndPos == 0 || pos <= s.cfg.EndPos {
 		return nil

@@ -56,7 +56,7 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	defer leave(nil) // before the wait
 	for {
 		s.log.Debug(MsgStarting, "timeline", s.writer.Timeline(), "lsn", s.writer.Pos())
-		if err := s.checkEnd(s.writer.Durable()); err != nil {
+		if err := s.checkEnd(s.id.SegmentSize.Start(s.writer.Pos())); err != nil {
 			return streamed, err
 		}
 		stream, next, err := s.start(ctx)

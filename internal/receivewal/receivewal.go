@@ -11,6 +11,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -79,6 +81,9 @@ func (c *command) run() error {
 			return fmt.Errorf("could not open directory \"%s\": %s", c.Directory, errnoText(err))
 		}
 	}
+	if err := checkPort(c.Port); err != nil {
+		return err
+	}
 	if c.Password == PromptFirst {
 		if err := c.ask(); err != nil {
 			return err
@@ -88,6 +93,21 @@ func (c *command) run() error {
 		return c.actOnSlot()
 	}
 	return c.stream()
+}
+
+// checkPort does what libpq does with a port, or a list of one for each host.
+func checkPort(ports string) error {
+	for port := range strings.SplitSeq(ports, ",") {
+		n, err := strconv.Atoi(strings.TrimSpace(port))
+		switch {
+		case port == "":
+		case errors.Is(err, strconv.ErrSyntax):
+			return fmt.Errorf("invalid integer value \"%s\" for connection option \"port\"", port)
+		case err != nil || n < 1 || n > 65535:
+			return fmt.Errorf("invalid port number: \"%s\"", port)
+		}
+	}
+	return nil
 }
 
 func errnoText(err error) string {
