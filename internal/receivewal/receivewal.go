@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -25,6 +26,8 @@ const (
 	// reconnectPause is the time between the end of a connection and the next one
 	// (RECONNECT_SLEEP_TIME in pg_receivewal.c).
 	reconnectPause = 5 * time.Second
+	// secondSignal is how much later than the first another signal ends the process.
+	secondSignal = time.Second
 	// receiveTimeout bounds a server's silence, and each of its answers.
 	receiveTimeout = time.Minute
 )
@@ -193,7 +196,7 @@ func (c *command) connect(ctx context.Context) (*pgrepl.Conn, error) {
 // stream archives until a signal, the end position, or an error that ends it.
 func (c *command) stream() error {
 	ctx, stop := c.untilSignal()
-	defer stop()
+	defer func() { stop() }()
 	reached := false // a server, so that later trouble is no reason to give up
 	for {
 		r := receiver.New(c.config(), slog.New(c.messages))
@@ -212,28 +215,30 @@ func (c *command) stream() error {
 	}
 }
 
-// untilSignal makes a context that ends with the first SIGINT or SIGTERM. A second
-// one ends the process.
+// untilSignal makes a context that ends with the first SIGINT or SIGTERM. A later
+// one ends the process; one that comes with the first does not: timeout(1) sends it
+// twice.
 func (c *command) untilSignal() (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	ended := make(chan struct{})
+	done, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
 		select {
 		case <-signals:
+			time.AfterFunc(secondSignal, func() { signal.Stop(signals) }) // or the process is gone by then
 			c.detail("received interrupt signal, exiting")
-			signal.Stop(signals)
 			cancel()
-		case <-ctx.Done():
+		case <-done:
+			signal.Stop(signals)
 		}
 	}()
-	return ctx, func() {
-		signal.Stop(signals)
-		cancel()
+	return ctx, sync.OnceFunc(func() {
+		close(done)
 		<-ended
-	}
+		cancel()
+	})
 }
 
 func (c *command) config() receiver.Config {
