@@ -28,17 +28,42 @@ const program = "pg_receivewal"
 type messages struct {
 	verbose int // as often as --verbose was given
 
-	mu       sync.Mutex
-	out      io.Writer
-	progress *progress // takes its line away before another is printed; nil: there is none
-	begins   bool      // a connection has not streamed yet
+	begins bool // a connection has not streamed yet
+
+	mu    sync.Mutex
+	out   io.Writer
+	shown bool // a line that show has left open
 }
+
+// eraseLine returns to the beginning of a terminal's line and empties it.
+const eraseLine = "\r\x1b[K"
 
 func (m *messages) print(format string, args ...any) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.progress.clear(m.out)
+	if m.shown {
+		fmt.Fprint(m.out, eraseLine)
+		m.shown = false
+	}
 	fmt.Fprintf(m.out, program+": "+format+"\n", args...)
+}
+
+// show puts a line on the terminal that the next one replaces.
+func (m *messages) show(line string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	fmt.Fprint(m.out, eraseLine+line)
+	m.shown = true
+}
+
+// endLine leaves what show has put there last.
+func (m *messages) endLine() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.shown {
+		fmt.Fprintln(m.out)
+		m.shown = false
+	}
 }
 
 // fail prints an error.

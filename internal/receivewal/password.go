@@ -20,6 +20,7 @@ func askPassword(in io.Reader, out io.Writer) (string, error) {
 	if err != nil {
 		fmt.Fprint(out, prompt)
 		line, err := bufio.NewReader(in).ReadString('\n')
+		fmt.Fprintln(out)
 		if err != nil && err != io.EOF {
 			return "", fmt.Errorf("reading a password: %w", err)
 		}

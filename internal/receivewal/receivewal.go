@@ -253,6 +253,13 @@ func (c *command) config() receiver.Config {
 // keepArchiving archives over one connection after another. The error is the last
 // one; it was not printed.
 func (c *command) keepArchiving(ctx context.Context, r *receiver.Receiver, reached *bool) error {
+	if c.Progress && isTerminal(c.std.Err) {
+		watching, stop := context.WithCancel(context.Background())
+		var watcher sync.WaitGroup
+		watcher.Go(func() { c.showProgress(watching, r.Status) })
+		defer watcher.Wait()
+		defer stop()
+	}
 	for {
 		err := r.RunOnce(ctx)
 		*reached = *reached || r.Status().Host != ""
