@@ -192,6 +192,23 @@ func (g *rig) promote(tli wal.Timeline, at wal.LSN, n int) {
 // start runs a new receiver, as a daemon that is started does.
 func (g *rig) start() {
 	g.Helper()
+	g.make()
+	g.run(g.r.Run)
+}
+
+// run runs f in the background, with a context that stop ends.
+func (g *rig) run(f func(context.Context) error) {
+	ctx, cancel := context.WithCancel(g.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- f(ctx) }()
+	g.cancel, g.ended = cancel, ended
+	g.Cleanup(cancel)
+	synctest.Wait()
+}
+
+// make makes a new receiver.
+func (g *rig) make() {
+	g.Helper()
 	if g.dial == nil {
 		g.dial = g.srv.Dial
 	}
@@ -213,12 +230,7 @@ func (g *rig) start() {
 	g.mu.Lock()
 	clear(g.judged)
 	g.mu.Unlock()
-	ctx, cancel := context.WithCancel(g.Context())
-	ended := make(chan error, 1)
-	go func() { ended <- r.Run(ctx) }()
-	g.r, g.cancel, g.ended = r, cancel, ended
-	g.Cleanup(cancel)
-	synctest.Wait()
+	g.r = r
 }
 
 // stop stops the receiver, if it runs, and expects it to end well and soon.
