@@ -16,6 +16,7 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgrepl"
 	"github.com/walfleet/walfleet/receiver"
 )
@@ -149,6 +150,7 @@ var defaultSettings = []setting[receiver.Config]{
 	{"flush_interval", duration(func(c *receiver.Config) *time.Duration { return &c.FlushInterval }, 10*time.Millisecond, day, false)},
 	{"source", oneOf(func(c *receiver.Config) *string { return &c.Source }, receiver.SourcePrimary, receiver.SourceAny)},
 	{"on_gap", oneOf(func(c *receiver.Config) *string { return &c.OnGap }, receiver.GapHalt, receiver.GapRecord)},
+	{"compress", compression},
 	{"min_free", size(func(c *receiver.Config) *int64 { return &c.MinFree }, 1<<50)},
 	{"application_name", text(func(c *receiver.Config) *string { return &c.ApplicationName }, checkApplicationName)},
 	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
@@ -245,6 +247,20 @@ func duration[T any](field func(*T) *time.Duration, least, most time.Duration, o
 		*field(dst) = d
 		return nil
 	}
+}
+
+// compression is a method for sealed segments, with a level or not.
+func compression(c *receiver.Config, value any) error {
+	s, ok := value.(string)
+	if !ok {
+		return wrongType(`"none", or a method in quotes, such as "zstd" or "gzip:6"`, value)
+	}
+	method, err := archive.ParseCompression(s)
+	if err != nil {
+		return err
+	}
+	c.Compress = method
+	return nil
 }
 
 // size is a string such as "100MB", in PostgreSQL's units (of 1024), up to most

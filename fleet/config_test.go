@@ -18,6 +18,7 @@ import (
 	"github.com/BurntSushi/toml"
 	"pgregory.net/rapid"
 
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/receiver"
 )
 
@@ -91,6 +92,7 @@ receive_timeout = "2h"
 flush_interval = "1s"
 source = "primary"
 on_gap = "halt"
+compress = "none"
 min_free = "3GB"
 slot = "own"
 application_name = ""
@@ -108,6 +110,7 @@ receive_timeout = "1s"
 flush_interval = "10ms"
 source = "any"
 on_gap = "record"
+compress = "gzip:9"
 min_free = "0"
 slot = "common"
 application_name = "archive of db1"
@@ -121,6 +124,7 @@ password_file = "/run/secrets/pw"
 	def := receiver.Config{
 		Name: "default", Dir: "/archive/default", Conninfo: "host=db1",
 		ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond, Source: "any", OnGap: "record", Slot: "common",
+		Compress: archive.Compression{Method: "gzip", Level: 9},
 		ApplicationName: "archive of db1", PasswordFile: "/run/secrets/pw",
 	}
 	want := &Config{
@@ -188,7 +192,7 @@ func TestParseErrors(t *testing.T) {
 		{"password", cluster(`password = "x"`), `
 :6: cluster "a": unknown key password; did you mean password_file?`},
 		{"nothing like it", cluster(`"k\u0000 k" = 1`), `
-:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, min_free, application_name, password_file`},
+:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, application_name, password_file`},
 		{"cluster key at the top", `slot = "x"` + fine, `
 :1: slot belongs to [defaults] or [[cluster]], not to the top of the file`},
 		{"top key below a header", cluster(`shutdown_timeout = "1s"`), `
@@ -200,7 +204,7 @@ func TestParseErrors(t *testing.T) {
 		{"unknown section array", cluster("[[clusters]]\n"), `
 :6: unknown key clusters; did you mean cluster?`},
 		{"unknown table in a cluster", cluster("[cluster.tls]\nverify = true"), `
-:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, min_free, application_name, password_file`},
+:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, application_name, password_file`},
 		{"unknown key in log", cluster("[log]\nfile = 'x'"), `
 :7: [log]: unknown key file; known in [log]: level, format`},
 
@@ -241,6 +245,12 @@ func TestParseErrors(t *testing.T) {
 :6: cluster "a": status_interval: "1ns" is out of range; allowed is "100ms" to "24h", or "0s" for none
 :7: cluster "a": receive_timeout: "0s" is out of range; allowed is "1s" to "24h"
 :8: cluster "a": flush_interval: "-1s" is out of range; allowed is "10ms" to "24h"`},
+		{"no such method", cluster("compress = 'bzip2'"), `
+:6: cluster "a": compress: unknown method "bzip2": none, gzip[:1-9], lz4[:1-12] or zstd[:1-22]`},
+		{"no such level", cluster("compress = 'gzip:10'"), `
+:6: cluster "a": compress: gzip has levels from 1 to 9, "10" is none of them`},
+		{"compression as a number", cluster("compress = 9"), `
+:6: cluster "a": compress: must be "none", or a method in quotes, such as "zstd" or "gzip:6", not an integer`},
 		{"no unit", `runtime_dir = "run"` + cluster("min_free = '10'"), `
 :1: runtime_dir: "run" is not an absolute path
 :6: cluster "a": min_free: "10" is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`},
@@ -559,11 +569,11 @@ func TestExampleIsComplete(t *testing.T) {
 func TestEveryFieldHasItsKey(t *testing.T) {
 	checkFields(t, topSettings, "Log", "Clusters")
 	checkFields(t, logSettings)
-	checkFields(t, clusterSettings, "Dir")
+	checkFields(t, clusterSettings, "Dir", "SlotAsIs", "NoSync", "EndPos") // those of receivewal have none
 }
 
 func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
-	values := []any{true, "any", "record", "json", "debug", "/x", "30m", "1MB"}
+	values := []any{true, "any", "record", "json", "debug", "lz4", "/x", "30m", "1MB"}
 	set := make(map[string]string) // field to key
 	for _, s := range settings {
 		var dst T

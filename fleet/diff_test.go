@@ -79,19 +79,22 @@ func TestDiff(t *testing.T) {
 func TestDiffSeesEveryField(t *testing.T) {
 	old := defaultCluster()
 	old.Name = "a"
-	for i := range reflect.TypeFor[receiver.Config]().NumField() {
-		field := reflect.TypeFor[receiver.Config]().Field(i)
+	for _, field := range reflect.VisibleFields(reflect.TypeFor[receiver.Config]()) {
 		if field.Name == "Name" {
 			continue
 		}
 		new := old
-		switch v := reflect.ValueOf(&new).Elem().Field(i); v.Kind() {
+		switch v := reflect.ValueOf(&new).Elem().FieldByIndex(field.Index); v.Kind() {
 		case reflect.String:
 			v.SetString(v.String() + "x")
 		case reflect.Bool:
 			v.SetBool(!v.Bool())
 		case reflect.Int64:
 			v.SetInt(v.Int() + 1)
+		case reflect.Uint64:
+			v.SetUint(v.Uint() + 1)
+		case reflect.Struct:
+			v.Field(0).SetString("x")
 		default:
 			t.Fatalf("%s has a kind that this test does not know: %s", field.Name, v.Kind())
 		}

@@ -7,19 +7,22 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/walfleet/walfleet/receiver"
 )
 
 // Fleet runs one receiver per cluster. Make it with New, run it once with Run.
 type Fleet struct {
-	log *slog.Logger
+	log         *slog.Logger
+	compressors *semaphore.Weighted
 
 	reload sync.Mutex // held while the set of members changes
 	group  errgroup.Group
@@ -47,7 +50,9 @@ type ClusterStatus struct {
 
 // New makes a fleet that does nothing yet.
 func New(cfg *Config, log *slog.Logger) *Fleet {
-	f := &Fleet{log: log, cfg: cfg, members: map[string]*member{}}
+	// Half of the processors: archiving comes first.
+	compressors := receiver.NewCompressors(max(1, int64(runtime.GOMAXPROCS(0))/2))
+	f := &Fleet{log: log, compressors: compressors, cfg: cfg, members: map[string]*member{}}
 	for _, c := range cfg.Clusters {
 		f.members[c.Name] = f.newMember(c)
 	}
@@ -55,7 +60,7 @@ func New(cfg *Config, log *slog.Logger) *Fleet {
 }
 
 func (f *Fleet) newMember(c receiver.Config) *member {
-	return &member{cfg: c, receiver: receiver.New(c, f.log), stop: func() {}, done: make(chan struct{})}
+	return &member{cfg: c, receiver: receiver.New(c, f.log, f.compressors), stop: func() {}, done: make(chan struct{})}
 }
 
 // Run archives until ctx is done. It then stops all receivers at once, and

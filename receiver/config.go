@@ -3,6 +3,7 @@ package receiver
 import (
 	"time"
 
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/wal"
 )
 
@@ -29,13 +30,14 @@ type Config struct {
 	ApplicationName string // empty: the conninfo's, then PGAPPNAME, then "walfleet"
 	Slot            string // physical replication slot; empty: none, and no flush position is sent unless Synchronous
 
-	CreateSlot  bool   // create Slot when the server does not have it
-	SlotAsIs    bool   // do not ask about Slot over an ordinary connection, nor make it anew, whatever became of it
-	Synchronous bool   // flush as soon as nothing more waits to be read
-	Source      string // SourcePrimary or SourceAny
-	OnGap       string // GapHalt or GapRecord
-	MinFree     int64  // bytes of the archive's file system that are left free; below 0: a full disk ends the session
-	NoSync      bool   // sync nothing; what is acknowledged then survives no crash of the machine
+	CreateSlot  bool                // create Slot when the server does not have it
+	SlotAsIs    bool                // do not ask about Slot over an ordinary connection, nor make it anew, whatever became of it
+	Synchronous bool                // flush as soon as nothing more waits to be read
+	Source      string              // SourcePrimary or SourceAny
+	OnGap       string              // GapHalt or GapRecord
+	MinFree     int64               // bytes of the archive's file system that are left free; below 0: a full disk ends the session
+	Compress    archive.Compression // of sealed segments
+	NoSync      bool                // sync nothing; what is acknowledged then survives no crash of the machine
 
 	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
 	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead

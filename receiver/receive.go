@@ -242,6 +242,9 @@ func (s *stream) flush() error {
 		s.now.sealed++
 		s.log.Info(MsgSealed, "segment", segment.Name(), "timeline", segment.Timeline, "end", segment.End())
 	}
+	if len(sealed) > 0 {
+		s.wakeCompressing()
+	}
 	if err != nil {
 		s.dropWriter()
 		return err

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgrepl"
@@ -42,16 +43,19 @@ type Receiver struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network
 	free func() (int64, error)                                                // nil: the archive's file system
 
-	state     atomic.Pointer[Status]
-	progress  progressCell
-	panics    atomic.Int64
-	decisions chan decision
-	done      chan struct{} // closed when Run has returned
+	state       atomic.Pointer[Status]
+	progress    progressCell
+	panics      atomic.Int64
+	compressed  atomic.Int64
+	compressors *semaphore.Weighted // shared with other receivers
+	decisions   chan decision
+	done        chan struct{} // closed when Run has returned
 
 	// Owned by Run or RunOnce.
-	now    progress
-	dir    *archive.Dir
-	writer *archive.Writer // kept from one connection to the next; nil after an error of its own
+	now         progress
+	dir         *archive.Dir
+	compressing *compressing    // nil: nothing to compress, or no archive is open
+	writer      *archive.Writer // kept from one connection to the next; nil after an error of its own
 	// hold keeps flush positions below it from being sent, which could move the
 	// slot back: it is what may have been acknowledged before.
 	hold wal.LSN
@@ -66,9 +70,10 @@ type Receiver struct {
 	others map[string]wal.Timeline
 }
 
-// New makes a receiver that does nothing yet.
-func New(cfg Config, log *slog.Logger) *Receiver {
-	r := &Receiver{cfg: cfg, log: log.With("cluster", cfg.Name), decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
+// New makes a receiver that does nothing yet. compressors are those of the process;
+// see NewCompressors.
+func New(cfg Config, log *slog.Logger, compressors *semaphore.Weighted) *Receiver {
+	r := &Receiver{cfg: cfg, compressors: compressors, log: log.With("cluster", cfg.Name), decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
 	r.state.Store(&Status{State: Connecting, Since: time.Now()})
 	return r
 }
@@ -204,6 +209,7 @@ func (r *Receiver) dropWriter() {
 
 // release closes the archive; the next session opens it again.
 func (r *Receiver) release() error {
+	r.stopCompressing()
 	r.dropWriter()
 	if r.dir == nil {
 		return nil

@@ -22,6 +22,10 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/klauspost/compress/gzip"
+	"github.com/pierrec/lz4/v4"
+	"golang.org/x/sync/semaphore"
+
 	"github.com/walfleet/walfleet/internal/pgtest"
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -46,7 +50,8 @@ type rig struct {
 	busy atomic.Bool                                                          // more always waits in the socket
 	room atomic.Int64                                                         // free bytes of the archive's file system; 0: enough
 
-	logTo io.Writer // nil: logs
+	logTo       io.Writer // nil: logs
+	compressors *semaphore.Weighted
 
 	r      *Receiver
 	cancel context.CancelFunc
@@ -94,7 +99,7 @@ func bubble(t *testing.T, f func(g *rig)) {
 
 func newRig(t *testing.T, size wal.SegmentSize) *rig {
 	g := &rig{
-		T: t, size: size, wal: newWAL(size), logs: &logs{},
+		T: t, size: size, compressors: NewCompressors(1), wal: newWAL(size), logs: &logs{},
 		srv:   pgtest.NewServer(t, pgtest.State{Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}}),
 		truth: map[wal.Timeline]image{}, judged: map[wal.Timeline]wal.LSN{},
 		cfg: Config{
@@ -215,7 +220,7 @@ func (g *rig) make() {
 	if g.logTo == nil {
 		g.logTo = g.logs
 	}
-	r := New(g.cfg, slog.New(slog.NewTextHandler(g.logTo, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	r := New(g.cfg, slog.New(slog.NewTextHandler(g.logTo, &slog.HandlerOptions{Level: slog.LevelDebug})), g.compressors)
 	r.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 		g.mu.Lock()
 		dial := g.dial
@@ -450,7 +455,8 @@ func (g *rig) judge(r *Receiver, u update) {
 func (g *rig) archiveStart(tli wal.Timeline) (start wal.LSN, ok bool) {
 	names, _ := filepath.Glob(filepath.Join(g.cfg.Dir, fmt.Sprintf("%08X????????????????*", tli)))
 	for _, name := range names { // sorted
-		if s, err := wal.ParseSegment(strings.TrimSuffix(filepath.Base(name), ".partial"), g.size); err == nil {
+		base, _, _ := strings.Cut(filepath.Base(name), ".")
+		if s, err := wal.ParseSegment(base, g.size); err == nil {
 			return s.Start, true
 		}
 	}
@@ -471,12 +477,34 @@ func (g *rig) judgeBytes(tli wal.Timeline, from, to wal.LSN) {
 		if err == nil {
 			_, err = f.ReadAt(have, int64(from-s.Start))
 			f.Close()
+		} else if err = unpack(path+".gz", have, int64(from-s.Start)); err != nil {
+			err = unpack(path+".lz4", have, int64(from-s.Start))
 		}
 		if err != nil || !bytes.Equal(have, g.truth[tli].bytes[from-origin:][:n]) {
 			g.Errorf("%s is not what the server had from %s to %s (%v)", s, from, to, err)
 		}
 		from += n
 	}
+}
+
+// unpack reads p from a place in a compressed file.
+func unpack(path string, p []byte, offset int64) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var z io.Reader = lz4.NewReader(f)
+	if strings.HasSuffix(path, ".gz") {
+		if z, err = gzip.NewReader(f); err != nil {
+			return err
+		}
+	}
+	if _, err := io.CopyN(io.Discard, z, offset); err != nil {
+		return err
+	}
+	_, err = io.ReadFull(z, p)
+	return err
 }
 
 // judgeFiles holds every file of the archive to promise 3.
@@ -487,6 +515,8 @@ func (g *rig) judgeFiles() {
 	for _, e := range entries {
 		name, sealed := e.Name(), false
 		base, partial := strings.CutSuffix(name, ".partial")
+		base, gz := strings.CutSuffix(base, ".gz")
+		base, lz4 := strings.CutSuffix(base, ".lz4")
 		s, err := wal.ParseSegment(base, g.size)
 		if sealed = err == nil && !partial; err != nil {
 			aside := strings.HasSuffix(name, ".aborted") || strings.HasSuffix(name, ".diverged")
@@ -495,7 +525,7 @@ func (g *rig) judgeFiles() {
 			}
 			continue
 		}
-		if info, err := e.Info(); err != nil || info.Size() != int64(g.size) {
+		if info, err := e.Info(); err != nil || info.Size() != int64(g.size) && !gz && !lz4 {
 			g.Errorf("%s: %v, %v", name, info.Size(), err)
 		}
 		if !sealed {

@@ -33,6 +33,7 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		if r.dir, err = open(r.cfg.Dir); err != nil {
 			return false, err
 		}
+		r.startCompressing() // the server may be away for long
 	}
 	s := &session{Receiver: r}
 	if err := s.connect(ctx); err != nil {
@@ -49,6 +50,8 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	if err := s.chooseStart(ctx); err != nil {
 		return false, err
 	}
+	r.startCompressing()
+	r.wakeCompressing()
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
 	wait := s.watchHosts(ctx, leave)

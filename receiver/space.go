@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"github.com/walfleet/walfleet/internal/archive"
 )
 
 // spaceInterval is how often the free space is looked at, and, while there is too
@@ -53,10 +55,7 @@ func (s *stream) awaitSpace(ctx context.Context, n int) error {
 // "": none.
 func (s *stream) shortage(due bool) (string, error) {
 	s.spaceAt = time.Now().Add(spaceInterval)
-	free, err := s.dir.Free()
-	if s.free != nil {
-		free, err = s.free()
-	}
+	free, err := s.freeBytes(s.dir)
 	if err != nil {
 		return "", err
 	}
@@ -68,6 +67,14 @@ func (s *stream) shortage(due bool) (string, error) {
 			s.cfg.Dir, megabytes(free), megabytes(size), megabytes(s.cfg.MinFree)), nil
 	}
 	return "", nil
+}
+
+// freeBytes is what the archive's file system has left. Any goroutine may call it.
+func (r *Receiver) freeBytes(dir *archive.Dir) (int64, error) {
+	if r.free != nil {
+		return r.free()
+	}
+	return dir.Free()
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%d MB", n>>20) }

@@ -39,10 +39,11 @@ type Status struct {
 	ServerEnd wal.LSN   // exclusive end of the server's WAL as last told; 0: not known
 	LastData  time.Time // when the last message came
 
-	ReceivedBytes  int64 // WAL received, with what was received again
-	SegmentsSealed int64
-	Reconnects     int64 // connections that WAL came through, without the first
-	Panics         int64 // faults of walfleet's that ended a session
+	ReceivedBytes      int64 // WAL received, with what was received again
+	SegmentsSealed     int64
+	SegmentsCompressed int64
+	Reconnects         int64 // connections that WAL came through, without the first
+	Panics             int64 // faults of walfleet's that ended a session
 }
 
 // Lag is the WAL in bytes that the server had, when it last spoke, and the
@@ -60,7 +61,7 @@ func (r *Receiver) Status() Status {
 	p := r.progress.load()
 	s.Timeline, s.Written, s.Flushed, s.ServerEnd = p.timeline, p.written, p.flushed, p.serverEnd
 	s.ReceivedBytes, s.SegmentsSealed, s.Reconnects = p.received, p.sealed, max(p.streams-1, 0)
-	s.Panics = r.panics.Load()
+	s.Panics, s.SegmentsCompressed = r.panics.Load(), r.compressed.Load()
 	if p.lastMessage != 0 {
 		s.LastData = time.Unix(0, p.lastMessage)
 	}

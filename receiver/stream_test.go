@@ -336,7 +336,7 @@ func TestHandlingAMessageDoesNotAllocate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := New(Config{}, slog.New(slog.DiscardHandler))
+	r := New(Config{}, slog.New(slog.DiscardHandler), nil)
 	r.dir = dir
 	if r.writer, err = dir.OpenWriter(t.Context(), archive.Identity{SystemID: systemID, SegmentSize: 16 * mb}, 1, origin); err != nil {
 		t.Fatal(err)

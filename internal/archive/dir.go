@@ -319,6 +319,14 @@ func (d *Dir) readIdentity(name string) (id Identity, ok bool, err error) {
 // Bound reports whether the directory belongs to a cluster already.
 func (d *Dir) Bound() bool { return d.meta != nil }
 
+// SegmentSize is the size of a bound directory's segments; 0: it is not bound.
+func (d *Dir) SegmentSize() wal.SegmentSize {
+	if d.meta == nil {
+		return 0
+	}
+	return wal.SegmentSize(d.meta.SegmentSize)
+}
+
 // Origin is where the archive of a bound directory began, or is going to.
 func (d *Dir) Origin() (tli wal.Timeline, lsn wal.LSN, bound bool) {
 	if d.meta == nil {

@@ -199,7 +199,7 @@ func (c *command) stream() error {
 	defer func() { stop() }()
 	reached := false // a server, so that later trouble is no reason to give up
 	for {
-		r := receiver.New(c.config(), slog.New(c.messages))
+		r := receiver.New(c.config(), slog.New(c.messages), receiver.NewCompressors(1))
 		err := c.keepArchiving(ctx, r, &reached)
 		if cerr := r.Close(); cerr != nil {
 			err = errors.Join(err, cerr)
@@ -246,7 +246,7 @@ func (c *command) config() receiver.Config {
 		Name: program, Dir: c.Directory, Conninfo: c.conninfo(),
 		Slot: c.Slot, SlotAsIs: true, Source: receiver.SourceAny, OnGap: receiver.GapHalt,
 		Synchronous: c.Synchronous, NoSync: c.NoSync, EndPos: c.EndPos,
-		MinFree: -1, StatusInterval: c.StatusInterval, ReceiveTimeout: receiveTimeout,
+		Compress: c.Compress, MinFree: -1, StatusInterval: c.StatusInterval, ReceiveTimeout: receiveTimeout,
 	}
 }
 
