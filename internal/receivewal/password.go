@@ -12,11 +12,11 @@ import (
 	"golang.org/x/term"
 )
 
-// askPassword asks for a password on the terminal, without showing it. Where there
-// is none it comes from in, as a line, as with PostgreSQL's programs.
-func askPassword(in io.Reader, out io.Writer) (string, error) {
+// askPassword asks for a password on a terminal, without showing it. Where that
+// cannot be opened it comes from in, as a line, as with PostgreSQL's programs.
+func askPassword(terminal string, in io.Reader, out io.Writer) (string, error) {
 	const prompt = "Password: "
-	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	tty, err := os.OpenFile(terminal, os.O_RDWR, 0)
 	if err != nil {
 		fmt.Fprint(out, prompt)
 		line, err := bufio.NewReader(in).ReadString('\n')

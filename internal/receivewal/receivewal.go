@@ -41,6 +41,10 @@ type Streams struct {
 // Main runs a command line, without the program's name, and returns its exit status:
 // 0, or 1 for everything that went wrong, usage included. version is walfleet's.
 func Main(args []string, version string, std Streams) int {
+	return run(args, version, std, "/dev/tty")
+}
+
+func run(args []string, version string, std Streams, tty string) int {
 	m := &messages{out: std.Err}
 	o, err := parse(args)
 	var wrong *commandLineError
@@ -56,7 +60,7 @@ func Main(args []string, version string, std Streams) int {
 		return 0
 	}
 	m.verbose = o.Verbose
-	c := &command{Options: o, messages: m, std: std}
+	c := &command{Options: o, messages: m, std: std, tty: tty}
 	if err := c.run(); err != nil {
 		m.fail("%s", describe(err))
 		return 1
@@ -69,6 +73,7 @@ type command struct {
 	Options
 	*messages
 	std      Streams
+	tty      string // the terminal to ask for a password on
 	asked    bool   // for the password
 	password string // what was answered
 }
@@ -124,7 +129,7 @@ func errnoText(err error) string {
 // ask asks for the password, which later connections use too.
 func (c *command) ask() (err error) {
 	c.asked = true
-	c.password, err = askPassword(c.std.In, c.std.Err)
+	c.password, err = askPassword(c.tty, c.std.In, c.std.Err)
 	return err
 }
 
