@@ -118,6 +118,9 @@ func (s *stream) loop(ctx context.Context) error {
 		if err := s.flushIfDue(); err != nil {
 			return err
 		}
+		if err := s.checkEnd(s.writer.Pos()); err != nil {
+			return err
+		}
 		if err := s.statusIfDue(); err != nil {
 			return err
 		}
@@ -145,9 +148,6 @@ func (s *stream) loop(ctx context.Context) error {
 		if err := s.handle(ctx, msg); err != nil {
 			return err
 		}
-		if err := s.checkEnd(s.writer.Pos()); err != nil {
-			return err
-		}
 	}
 }
 
@@ -155,8 +155,7 @@ func (s *stream) loop(ctx context.Context) error {
 // come.
 var errEndReached = errors.New("the end position was passed")
 
-// checkEnd returns errEndReached when pos is beyond the end position. What the last
-// segment has beyond it already is compared first.
+// checkEnd returns errEndReached when pos is beyond the end position.
 func (s *session) checkEnd(pos wal.LSN) error {
 	if s.cfg.EndPos == 0 || pos <= s.cfg.EndPos {
 		return nil

@@ -69,8 +69,11 @@ func progressLine(received, missing int64, elapsed time.Duration) string {
 		return line
 	}
 	rate := float64(received) / elapsed.Seconds() // bytes per second
-	left := time.Duration(float64(missing) / rate * float64(time.Second))
-	return line + fmt.Sprintf(", %s/s, %s left", megabytes(int64(rate)), left.Round(time.Second))
+	left := "a long time"
+	if seconds := float64(missing) / rate; seconds < 100*3600 {
+		left = time.Duration(seconds * float64(time.Second)).Round(time.Second).String()
+	}
+	return line + fmt.Sprintf(", %s/s, %s left", megabytes(int64(rate)), left)
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/(1<<20)) }
