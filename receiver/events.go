@@ -5,6 +5,7 @@ package receiver
 const (
 	MsgConnected  = "connected"                   // host, server_version
 	MsgStarting   = "streaming starts"            // timeline, lsn: what the server is asked for
+	MsgStreaming  = "streaming started"           // the same, and the server agreed
 	MsgSealed     = "segment sealed"              // segment, timeline, end
 	MsgFollowing  = "following a new timeline"    // timeline, from_timeline, fork
 	MsgPartial    = "segment is not complete"     // segment, timeline; when streaming ends in good order

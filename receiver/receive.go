@@ -43,7 +43,7 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 	if err := s.setHold(); err != nil {
 		return pgrepl.NextTimeline{}, err
 	}
-	s.log.Info("streaming started", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
+	s.log.Info(MsgStreaming, "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
 	s.setState(CatchingUp, "")
 	err := st.interruptible(ctx)
 	ended, reached := errors.Is(err, errTimelineEnded), errors.Is(err, errEndReached)

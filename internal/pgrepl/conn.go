@@ -86,7 +86,7 @@ func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error)
 	}
 	pg, err := pgconn.ConnectConfig(ctx, config)
 	if err != nil {
-		return nil, connectError(h.name, dialled, config.Password, err)
+		return nil, c.connectError(h.name, dialled, config.Password, err)
 	}
 	return &Conn{pg: pg, host: h.name, config: config, timeout: o.Timeout}, nil
 }

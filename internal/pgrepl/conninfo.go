@@ -14,7 +14,9 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -36,7 +38,8 @@ const maxMessageLen = 1 << 20
 // cluster. It holds secrets and is never printed.
 type Conninfo struct {
 	hosts     []hostConfig
-	randomise bool // load_balance_hosts=random
+	randomise bool   // load_balance_hosts=random
+	warning   string // about a passfile that is not used
 }
 
 type hostConfig struct {
@@ -67,9 +70,16 @@ var ignoredKeywords = []string{"client_encoding", "replication", "sslcompression
 // honoured are refused. No error names a secret.
 // See https://www.postgresql.org/docs/current/libpq-connect.html.
 func ParseConninfo(s string) (*Conninfo, error) {
+	warning := checkPassfile(passfile(s))
+	if warning != "" {
+		s = Override(s, [][2]string{{"passfile", ""}})
+	}
 	config, err := parse(s)
 	if err != nil {
 		return nil, err
+	}
+	if config.Password != "" {
+		warning = "" // no passfile is needed
 	}
 	extra, err := takeExtra(config)
 	if err != nil {
@@ -99,7 +109,7 @@ func ParseConninfo(s string) (*Conninfo, error) {
 			addrs[h] = list[i]
 		}
 	}
-	c := &Conninfo{randomise: random}
+	c := &Conninfo{randomise: random, warning: warning}
 	for _, h := range hostNames(config) {
 		hc, err := parseHost(s, h, addrs[h])
 		if err != nil {
@@ -108,6 +118,44 @@ func ParseConninfo(s string) (*Conninfo, error) {
 		c.hosts = append(c.hosts, hc)
 	}
 	return c, nil
+}
+
+// Warning says why a passfile is not used; "": there is none, or nothing against it.
+func (c *Conninfo) Warning() string { return c.warning }
+
+// passfile is the path of the passfile that a conninfo stands for.
+func passfile(s string) string {
+	if u, err := url.Parse(s); err == nil && u.Query().Get("passfile") != "" {
+		return u.Query().Get("passfile")
+	}
+	if found := passfileKeyword.FindAllStringSubmatch(s, -1); found != nil {
+		last := found[len(found)-1]
+		return last[1] + unescapeValue.Replace(last[2])
+	}
+	if path := os.Getenv("PGPASSFILE"); path != "" {
+		return path
+	}
+	home, _ := os.UserHomeDir()
+	return filepath.Join(home, ".pgpass")
+}
+
+var (
+	passfileKeyword = regexp.MustCompile(`(?:^|\s)passfile\s*=\s*(?:([^'\s]\S*)|'((?:[^'\\]|\\.)*)')`)
+	unescapeValue   = strings.NewReplacer(`\\`, `\`, `\'`, `'`)
+)
+
+// checkPassfile says why a passfile must not be used, as libpq does (passwordFromFile
+// in fe-connect.c).
+func checkPassfile(path string) string {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+	case !info.Mode().IsRegular():
+		return fmt.Sprintf("password file %q is not a plain file", path)
+	case info.Mode().Perm()&0o077 != 0:
+		return fmt.Sprintf("password file %q has group or world access; permissions should be u=rw (0600) or less", path)
+	}
+	return ""
 }
 
 // Hosts lists the cluster's servers as "host:port", in the conninfo's order.

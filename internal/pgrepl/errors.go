@@ -3,6 +3,7 @@ package pgrepl
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -58,7 +59,7 @@ func (e *ConnectError) Unwrap() []error {
 // connectError takes pgconn's error apart. dialled are the addresses that were
 // tried, in order. An address that was tried again without TLS, as sslmode=prefer
 // does, failed for the last reason, and for what the server said before.
-func connectError(host string, dialled []string, password string, err error) *ConnectError {
+func (c *Conninfo) connectError(host string, dialled []string, password string, err error) *ConnectError {
 	e := &ConnectError{Host: host, err: wrap("connecting to "+host, err)}
 	causes := []error{err}
 	if joined := (interface{ Unwrap() []error })(nil); errors.As(err, &joined) {
@@ -67,18 +68,25 @@ func connectError(host string, dialled []string, password string, err error) *Co
 	name, _, _ := splitHostPort(host)
 	unresolved := max(0, len(causes)-len(dialled))
 	for i, cause := range causes {
-		a := Attempt{Host: name, Err: cause}
+		a := Attempt{Host: name, Err: &shown{clean(cause.Error()), cause}}
 		if i >= unresolved {
 			a.Address = dialled[i-unresolved]
+			if inner := errors.Unwrap(cause); inner != nil { // without the address
+				a.Err = &shown{clean(inner.Error()), cause}
+			}
 		}
 		if pe := (*pgconn.PgError)(nil); errors.As(cause, &pe) {
 			a.Err = &ServerError{"connecting to " + host, pe.Severity, pe.Code, pe.Message, pe.Detail, pe.Hint}
 			if pe.Code == CodeInvalidPassword && password == "" {
 				a.Err = errors.Join(ErrNoPassword, a.Err)
+				if c.warning != "" {
+					e.err = fmt.Errorf("%w (%s)", e.err, c.warning)
+				}
 			}
 		}
-		if last := len(e.Attempts) - 1; last >= 0 && e.Attempts[last].Address == a.Address && Code(e.Attempts[last].Err) == "" {
-			e.Attempts[last] = a
+		again := slices.IndexFunc(e.Attempts, func(b Attempt) bool { return b.Address == a.Address && Code(b.Err) == "" })
+		if again >= 0 {
+			e.Attempts[again] = a
 			continue
 		}
 		e.Attempts = append(e.Attempts, a)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -28,7 +29,9 @@ const program = "pg_receivewal"
 type messages struct {
 	verbose int // as often as --verbose was given
 
-	begins bool // a connection has not streamed yet
+	// Of the connection under way.
+	begins, streams bool   // it has not begun to stream yet; it has
+	stopped         string // what --verbose said about the end
 
 	mu    sync.Mutex
 	out   io.Writer
@@ -76,6 +79,25 @@ func (m *messages) detail(format string, args ...any) {
 	}
 }
 
+// stop says with --verbose why archiving ends.
+func (m *messages) stop(format string, args ...any) {
+	m.detail(format, args...)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stopped = fmt.Sprintf(format, args...)
+}
+
+// stopAgain says it once more when WAL was streamed, as pg_receivewal does after it
+// has closed its file.
+func (m *messages) stopAgain() {
+	m.mu.Lock()
+	text := m.stopped
+	m.mu.Unlock()
+	if m.streams && text != "" {
+		m.detail("%s", text)
+	}
+}
+
 // commandLine prints what is wrong with a command line.
 func (m *messages) commandLine(e *commandLineError) {
 	if e.getopt {
@@ -101,12 +123,15 @@ func (m *messages) Handle(_ context.Context, r slog.Record) error {
 	})
 	switch r.Message {
 	case receiver.MsgConnected:
-		m.begins = true
+		m.begins, m.streams = true, false
 	case receiver.MsgStarting:
 		if m.begins {
 			m.detail("starting log streaming at %s (timeline %s)", attrs["lsn"], attrs["timeline"])
 		}
 		m.begins = false
+	case receiver.MsgStreaming:
+		m.streams = true
+		m.more(r)
 	case receiver.MsgFollowing:
 		if !m.begins {
 			m.detail("switched to timeline %s at %s", attrs["timeline"], attrs["fork"])
@@ -114,7 +139,7 @@ func (m *messages) Handle(_ context.Context, r slog.Record) error {
 	case receiver.MsgSealed:
 		m.detail("finished segment at %s (timeline %s)", attrs["end"], attrs["timeline"])
 	case receiver.MsgEndReached:
-		m.detail("stopped log streaming at %s (timeline %s)", attrs["lsn"], attrs["timeline"])
+		m.stop("stopped log streaming at %s (timeline %s)", attrs["lsn"], attrs["timeline"])
 	case receiver.MsgPartial:
 		m.print("not renaming \"%s.partial\", segment is not complete", attrs["segment"])
 	default:
@@ -123,11 +148,18 @@ func (m *messages) Handle(_ context.Context, r slog.Record) error {
 			m.fail("%s", line(r))
 		case r.Level >= slog.LevelWarn:
 			m.print("warning: %s", line(r))
-		case m.verbose > 1:
-			m.print("%s", line(r))
+		default:
+			m.more(r)
 		}
 	}
 	return nil
+}
+
+// more prints what --verbose twice asks for.
+func (m *messages) more(r slog.Record) {
+	if m.verbose > 1 {
+		m.print("%s", line(r))
+	}
 }
 
 // line is a record in one line.
@@ -177,6 +209,19 @@ func describe(err error) string {
 		return "could not receive data from WAL stream: server closed the connection unexpectedly\n" +
 			"\tThis probably means the server terminated abnormally\n\tbefore or while processing the request."
 	}
+	var file *fs.PathError
+	if errors.As(err, &file) {
+		return fmt.Sprintf("could not %s file \"%s\": %s", file.Op, file.Path, errnoText(file.Err))
+	}
+	return err.Error()
+}
+
+// errnoText is the C library's text, which begins with a capital letter.
+func errnoText(err error) string {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return upperFirst(errno.Error())
+	}
 	return err.Error()
 }
 
@@ -224,9 +269,11 @@ func describeAttempt(a pgrepl.Attempt) string {
 	case errors.As(a.Err, &server):
 		reason = server.Lines()
 	case errors.As(a.Err, &errno):
-		reason = fmt.Sprintf("%s\n\tIs the server running %s?", upperFirst(errno.Error()), hint)
+		reason = fmt.Sprintf("%s\n\tIs the server running %s?", errnoText(errno), hint)
 	case errors.As(a.Err, &wait) && wait.Timeout():
 		reason = "timeout expired"
+	case strings.HasSuffix(a.Err.Error(), "server refused TLS connection"): // pgconn has no type for it
+		reason = "server does not support SSL, but SSL was required"
 	default:
 		reason = a.Err.Error()
 	}

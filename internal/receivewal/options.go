@@ -115,7 +115,7 @@ func parse(args []string) (Options, error) {
 	case !o.hasDirectory && !o.slotAction():
 		return o, misuse("no target directory specified")
 	case o.hasSlot && o.Slot == "":
-		return o, badValue("replication slot name \"\" is too short")
+		return o, badValue("replication slot \"\" does not exist")
 	}
 	o.Compress, err = parseCompress(o.compress)
 	return o, err

@@ -97,8 +97,15 @@ func (c *command) run() error {
 			return err
 		}
 	}
+	conninfo, err := pgrepl.ParseConninfo(c.conninfo())
+	if err != nil {
+		return err
+	}
+	if w := conninfo.Warning(); w != "" {
+		fmt.Fprintln(c.std.Err, "WARNING:", w)
+	}
 	if c.slotAction() {
-		return c.actOnSlot()
+		return c.actOnSlot(conninfo)
 	}
 	return c.stream()
 }
@@ -116,14 +123,6 @@ func checkPort(ports string) error {
 		}
 	}
 	return nil
-}
-
-func errnoText(err error) string {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
-		return upperFirst(errno.Error())
-	}
-	return err.Error()
 }
 
 // ask asks for the password, which later connections use too.
@@ -153,14 +152,17 @@ func (c *command) conninfo() string {
 }
 
 // actOnSlot creates or drops the slot.
-func (c *command) actOnSlot() error {
+func (c *command) actOnSlot(conninfo *pgrepl.Conninfo) error {
 	ctx := context.Background()
-	conn, err := c.connect(ctx)
+	conn, err := connect(ctx, conninfo)
 	if err != nil && c.mayAsk(err) {
 		if err := c.ask(); err != nil {
 			return err
 		}
-		conn, err = c.connect(ctx)
+		if conninfo, err = pgrepl.ParseConninfo(c.conninfo()); err != nil {
+			return err
+		}
+		conn, err = connect(ctx, conninfo)
 	}
 	if err != nil {
 		return err
@@ -182,11 +184,7 @@ func (c *command) actOnSlot() error {
 }
 
 // connect connects to the first host that can be reached.
-func (c *command) connect(ctx context.Context) (*pgrepl.Conn, error) {
-	conninfo, err := pgrepl.ParseConninfo(c.conninfo())
-	if err != nil {
-		return nil, err
-	}
+func connect(ctx context.Context, conninfo *pgrepl.Conninfo) (*pgrepl.Conn, error) {
 	var failed receiver.HostsError
 	for _, host := range conninfo.Order() {
 		conn, err := conninfo.Connect(ctx, host, pgrepl.Options{Timeout: receiveTimeout})
@@ -233,7 +231,7 @@ func (c *command) untilSignal() (_ context.Context, stop func()) {
 		select {
 		case <-signals:
 			time.AfterFunc(secondSignal, func() { signal.Stop(signals) }) // or the process is gone by then
-			c.detail("received interrupt signal, exiting")
+			c.messages.stop("received interrupt signal, exiting")
 			cancel()
 		case <-done:
 			signal.Stop(signals)
@@ -268,7 +266,11 @@ func (c *command) keepArchiving(ctx context.Context, r *receiver.Receiver, reach
 	for {
 		err := r.RunOnce(ctx)
 		*reached = *reached || r.Status().Host != ""
-		if err == nil || !*reached || archive.SyncFailed(err) || c.mayAsk(err) {
+		if err == nil {
+			c.stopAgain()
+			return nil
+		}
+		if !*reached || archive.SyncFailed(err) || c.mayAsk(err) {
 			return err
 		}
 		c.fail("%s", describe(err))

@@ -130,6 +130,7 @@ func TestArchivesUpToTheEndPosition(t *testing.T) {
 pg_receivewal: finished segment at 0/4100000 (timeline 1)
 pg_receivewal: stopped log streaming at 0/4101388 (timeline 1)
 pg_receivewal: not renaming "000000010000000000000041.partial", segment is not complete
+pg_receivewal: stopped log streaming at 0/4101388 (timeline 1)
 `, "", "-S walfleet -n -v -E 0/4101000 -D "+b.dir)
 	b.wantFiles("000000010000000000000040", "000000010000000000000041.partial", "archive.json")
 	for i, name := range []string{"000000010000000000000040", "000000010000000000000041.partial"} {
@@ -218,6 +219,7 @@ func TestSignalEndsItWell(t *testing.T) {
 pg_receivewal: finished segment at 0/4100000 (timeline 1)
 pg_receivewal: received interrupt signal, exiting
 pg_receivewal: not renaming "000000010000000000000041.partial", segment is not complete
+pg_receivewal: received interrupt signal, exiting
 `, "", "-v --synchronous -S walfleet -D "+b.dir)
 		if e := b.srv.Streams()[0].Ended(); !e.CopyDone {
 			t.Errorf("no good-bye: %+v", e)
@@ -275,6 +277,11 @@ func TestPasswords(t *testing.T) {
 	}
 	t.Setenv("PGPASSFILE", passfile)
 	b.want(0, "", "", end)
+	if err := os.Chmod(passfile, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	b.want(1, "WARNING: password file \""+passfile+"\" has group or world access; permissions should be u=rw (0600) or less\n"+
+		failed+"fe_sendauth: no password supplied\n", "", "-w "+end)
 }
 
 // What --dbname says counts less than the other options; its database not at all.
