@@ -204,6 +204,9 @@ func (c *command) stream() error {
 	for {
 		r := receiver.New(c.config(), slog.New(c.messages), receiver.NewCompressors(1))
 		err := c.keepArchiving(ctx, r, &reached)
+		if err == nil {
+			err = compressRest(ctx, r)
+		}
 		if cerr := r.Close(); cerr != nil {
 			err = errors.Join(err, cerr)
 		}
@@ -216,6 +219,20 @@ func (c *command) stream() error {
 		}
 		ctx, stop = c.untilSignal()
 	}
+}
+
+// compressRest compresses what is sealed and not compressed yet. The first signal
+// that comes meanwhile, which is the second one after that which ended the
+// archiving, ends it.
+func compressRest(ctx context.Context, r *receiver.Receiver) error {
+	if ctx.Err() != nil {
+		return r.CompressSealed(context.Background())
+	}
+	err := r.CompressSealed(ctx)
+	if ctx.Err() != nil {
+		return nil // what is plain is complete, too
+	}
+	return err
 }
 
 // untilSignal makes a context that ends with the first SIGINT or SIGTERM. A later
