@@ -124,7 +124,7 @@ password_file = "/run/secrets/pw"
 	def := receiver.Config{
 		Name: "default", Dir: "/archive/default", Conninfo: "host=db1",
 		ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond, Source: "any", OnGap: "record", Slot: "common",
-		Compress: archive.Compression{Method: "gzip", Level: 9},
+		Compress:        archive.Compression{Method: "gzip", Level: 9},
 		ApplicationName: "archive of db1", PasswordFile: "/run/secrets/pw",
 	}
 	want := &Config{
