@@ -7,7 +7,7 @@ integration_env = CGO_ENABLED=1 \
 	$(if $(wildcard /.dockerenv),TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1)
 
 # Those that make more of their faults when WALFLEET_TORTURE is set.
-torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced
+torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced|TestKilledWhileCompressing
 
 .PHONY: help build test test-unit torture lint demo images clean compiler tracer
 

@@ -26,6 +26,7 @@ type origins map[wal.Timeline]*server
 type stored struct {
 	wal.Segment
 	path   string
+	suffix string // of its compression
 	sealed bool
 }
 
@@ -110,15 +111,19 @@ func listArchive(t testing.TB, dir string, size wal.SegmentSize) (segments []sto
 			continue
 		}
 		base, partial := strings.CutSuffix(entry.Name(), ".partial")
-		segment, err := wal.ParseSegment(base, size)
+		suffix := filepath.Ext(base)
+		if partial || decompressors[suffix] == nil {
+			suffix = ""
+		}
+		segment, err := wal.ParseSegment(strings.TrimSuffix(base, suffix), size)
 		if err != nil {
 			t.Errorf("%s does not belong into an archive", entry.Name())
 			continue
 		}
-		if info.Size() != int64(size) {
+		if suffix == "" && info.Size() != int64(size) {
 			t.Errorf("%s has %d bytes, want %d", entry.Name(), info.Size(), size)
 		}
-		segments = append(segments, stored{segment, name, !partial})
+		segments = append(segments, stored{segment, name, suffix, !partial})
 	}
 	slices.SortFunc(segments, func(a, b stored) int { return strings.Compare(a.path, b.path) })
 	return segments, histories
@@ -174,6 +179,7 @@ func (s *server) comparePieces(t testing.TB, pieces []piece) {
 	}
 }
 
+// checksum is of the piece's content, decompressed. A compressed file must hold a whole segment and nothing more.
 func checksum(t testing.TB, p piece) string {
 	t.Helper()
 	f, err := os.Open(p.path)
@@ -181,16 +187,27 @@ func checksum(t testing.TB, p piece) string {
 		t.Fatal(err)
 	}
 	defer f.Close()
+	content := io.Reader(f)
+	if p.suffix != "" {
+		if content, err = decompressors[p.suffix](f); err != nil {
+			t.Fatalf("%s: %v", p.path, err)
+		}
+	}
 	h := sha256.New()
-	if _, err := io.CopyN(h, f, p.length); err != nil {
-		t.Fatal(err)
+	if _, err := io.CopyN(h, content, p.length); err != nil {
+		t.Fatalf("%s: %v", p.path, err)
+	}
+	if p.suffix != "" {
+		if more, err := io.Copy(io.Discard, content); more > 0 || err != nil || p.length != int64(p.Size) {
+			t.Errorf("%s holds %d bytes and %d more, a segment has %d; %v", p.path, p.length, more, p.Size, err)
+		}
 	}
 	return hex.EncodeToString(h.Sum(nil))
 }
 
 // difference says where a small segment differs.
 func (s *server) difference(t testing.TB, p piece) string {
-	if p.Size > 16*megabyte {
+	if p.Size > 16*megabyte || p.suffix != "" {
 		return ""
 	}
 	f, err := s.ctr.CopyFileFromContainer(t.Context(), path.Join(s.data, "pg_wal", p.Name()))
