@@ -269,3 +269,35 @@ func TestCompressedFilesHaveTheModeOfTheOthers(t *testing.T) {
 		}
 	}
 }
+
+// openingDisk does something ahead of the next opening of a file.
+type openingDisk struct {
+	*memDisk
+	do func()
+}
+
+func (d *openingDisk) Open(name string) (file, error) {
+	if f := d.do; f != nil {
+		d.do = nil
+		f()
+	}
+	return d.memDisk.Open(name)
+}
+
+// The last sealed segment may be compressed while a session finds out where the archive ends.
+func TestTailIsFoundWhileTheLastSegmentIsCompressed(t *testing.T) {
+	d, disk := oneSegment(t)
+	other := &Dir{path: d.path, disk: disk}
+	compressed := false
+	d.disk = &openingDisk{disk, func() {
+		_, err := other.Compress(t.Context(), packedSegment, Compression{"lz4", 1})
+		compressed = err == nil
+	}}
+	tail, ok, err := d.Tail(crashSegment)
+	if want := (Tail{1, packedSegment.End(), packedSegment}); tail != want || !ok || err != nil {
+		t.Errorf("the tail is %+v, %v, %v; want %+v", tail, ok, err, want)
+	}
+	if !compressed || names(disk) != packedSegment.Name()+".lz4" {
+		t.Errorf("there are %s", names(disk))
+	}
+}

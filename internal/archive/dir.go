@@ -511,9 +511,13 @@ func (d *Dir) restarts() map[wal.Timeline]wal.LSN {
 }
 
 // checkSealedSize refuses a file that has a complete segment's name and is none:
-// a copy that was cut short, say.
+// a copy that was cut short, say. One that is gone was compressed since it was
+// listed, and had its size.
 func (d *Dir) checkSealedSize(name string, size wal.SegmentSize) error {
 	f, err := d.disk.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
