@@ -204,13 +204,11 @@ func (c *command) stream() error {
 	for {
 		r := receiver.New(c.config(), slog.New(c.messages), receiver.NewCompressors(1))
 		err := c.keepArchiving(ctx, r, &reached)
-		if err == nil {
-			err = compressRest(ctx, r)
+		again := c.mayAsk(err)
+		if !again { // scripts find what they expect, once this has ended
+			err = errors.Join(err, r.CompressSealed(context.Background()))
 		}
-		if cerr := r.Close(); cerr != nil {
-			err = errors.Join(err, cerr)
-		}
-		if !c.mayAsk(err) {
+		if err := errors.Join(err, r.Close()); !again {
 			return err
 		}
 		stop()
@@ -219,20 +217,6 @@ func (c *command) stream() error {
 		}
 		ctx, stop = c.untilSignal()
 	}
-}
-
-// compressRest compresses what is sealed and not compressed yet. The first signal
-// that comes meanwhile, which is the second one after that which ended the
-// archiving, ends it.
-func compressRest(ctx context.Context, r *receiver.Receiver) error {
-	if ctx.Err() != nil {
-		return r.CompressSealed(context.Background())
-	}
-	err := r.CompressSealed(ctx)
-	if ctx.Err() != nil {
-		return nil // what is plain is complete, too
-	}
-	return err
 }
 
 // untilSignal makes a context that ends with the first SIGINT or SIGTERM. A later

@@ -2,6 +2,7 @@ package receivewal
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"io"
@@ -152,6 +153,31 @@ pg_receivewal: stopped log streaming at 0/4101388 (timeline 1)
 	b.want(0, `pg_receivewal: starting log streaming at 0/4100000 (timeline 1)
 pg_receivewal: stopped log streaming at 0/4100000 (timeline 1)
 `, "", "-n -v -E 0/1 -D "+b.dir)
+}
+
+// When it ends, all complete segments are compressed, those of before too.
+func TestCompressesCompleteSegmentsBeforeItEnds(t *testing.T) {
+	b := newBench(t)
+	b.fill(origin + 3*mb + 5000)
+	b.run("", "-S walfleet -n -E 0/4101000 -D "+b.dir)
+	b.wantFiles("000000010000000000000040", "000000010000000000000041.partial", "archive.json")
+	b.want(0, "pg_receivewal: not renaming \"000000010000000000000043.partial\", segment is not complete\n", "", "-S walfleet -n -Z gzip:1 -E 0/4301000 -D "+b.dir)
+	b.wantFiles("000000010000000000000040.gz", "000000010000000000000041.gz", "000000010000000000000042.gz", "000000010000000000000043.partial", "archive.json")
+	for i, name := range []string{"000000010000000000000040.gz", "000000010000000000000041.gz", "000000010000000000000042.gz"} {
+		f, err := os.Open(filepath.Join(b.dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		z, err := gzip.NewReader(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(z)
+		f.Close()
+		if start := origin + wal.LSN(i)*mb; err != nil || !bytes.Equal(data, b.wal.Bytes(start, start+mb)) {
+			t.Errorf("%s is not the server's: %v", name, err)
+		}
+	}
 }
 
 func TestSlotActions(t *testing.T) {
