@@ -10,11 +10,13 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+
+	"github.com/walfleet/walfleet/internal/receivewal"
 )
 
 func main() {
 	if filepath.Base(os.Args[0]) == "pg_receivewal" {
-		os.Exit(receivewalMain(os.Args[1:]))
+		os.Exit(receivewal.Main(os.Args[1:], version(), receivewal.Streams{In: os.Stdin, Out: os.Stdout, Err: os.Stderr}))
 	}
 	root := newRoot()
 	err := root.ExecuteContext(context.Background())

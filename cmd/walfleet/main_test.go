@@ -65,6 +65,15 @@ func TestTheConfigurationFileCanComeFromTheEnvironment(t *testing.T) {
 	}
 }
 
+// receivewal's flags are pg_receivewal's, whatever -c and -h mean elsewhere, and so is its exit status.
+func TestReceivewalHasItsOwnCommandLine(t *testing.T) {
+	out, err := execute(t, "receivewal", "-c", "/nowhere", "-h", "host")
+	var status exitStatus
+	if !errors.As(err, &status) || status != 1 || !strings.HasPrefix(out, "pg_receivewal: invalid option -- 'c'\n") {
+		t.Errorf("error %v, output\n%s", err, out)
+	}
+}
+
 func TestHelpVersionAndCompletionPrint(t *testing.T) {
 	for _, c := range []struct {
 		args []string
@@ -76,6 +85,8 @@ func TestHelpVersionAndCompletionPrint(t *testing.T) {
 		{[]string{"demo", "--help"}, "byte for byte"},
 		{[]string{"version"}, "walfleet "},
 		{[]string{"completion", "bash"}, "bash completion"},
+		{[]string{"receivewal", "--help"}, "pg_receivewal receives PostgreSQL streaming write-ahead logs."},
+		{[]string{"receivewal", "-V"}, "pg_receivewal (PostgreSQL) 17"},
 	} {
 		out, err := execute(t, c.args...)
 		if err != nil || !strings.Contains(out, c.says) {
