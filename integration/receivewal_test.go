@@ -69,8 +69,8 @@ func receivewalServer(t testing.TB, o serverOptions) *server {
 //	$dir     an empty directory, mode 0700
 //	$slot    a slot of its own that begins with the WAL of the server
 //	$start   where that slot begins, in the middle of a segment
-//	$middle  a position inside the third segment
-//	$full    the third segment's beginning, which is the second one's end
+//	$middle  a position inside the second segment
+//	$full    the second segment's beginning, which is the first one's end
 //	$before  the position one byte before that
 //	$secret  the password of the roles walfleet and limited, which the Unix socket does not need
 //	$open    options that archive from $slot into $dir, up to $middle
@@ -105,7 +105,7 @@ wal() {
 }
 
 trimmed() {
-	perl -0777 -ne '$n = length; $n-- while $n && substr($_, $n - 1, 1) eq "\0"; print substr($_, 0, $n)'
+	perl -0777 -ne '$_ = reverse; /^\0*/; print scalar reverse substr($_, $+[0])'
 }
 
 files() {
@@ -157,12 +157,12 @@ func (s *server) runRows(t testing.TB, rows []row, tools [2]tool) []map[string]s
 	fmt.Fprintf(&slots, "SELECT slot FROM unnest(ARRAY['']) slot")
 	script.WriteString(rowsScript)
 	start := s.lsn(t, "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'base'")
-	third := s.size.Start(start) + 2*wal.LSN(s.size)
+	second := s.size.Start(start) + wal.LSN(s.size)
 	for _, v := range []struct {
 		name  string
 		value any
 	}{
-		{"start", start}, {"full", third}, {"before", third - 1}, {"middle", third + 0x34567}, {"secret", password},
+		{"start", start}, {"full", second}, {"before", second - 1}, {"middle", second + 0x34567}, {"secret", password},
 	} {
 		fmt.Fprintf(&script, "%s='%s'\n", v.name, v.value)
 	}
@@ -281,7 +281,7 @@ func TestReceivewalOptions(t *testing.T) {
 		t.Run(filepath.Base(image), func(t *testing.T) {
 			t.Parallel()
 			s := receivewalServer(t, serverOptions{image: image})
-			s.write(t, 4) // MB, of which the rows archive up to three
+			s.write(t, 3)
 			s.switchWAL(t)
 			version := s.major(t)
 			var rows []row
