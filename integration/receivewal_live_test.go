@@ -22,6 +22,7 @@ import (
 // process is a program that runs in a server's container, as the server's user.
 type process struct {
 	s              *server
+	tool           tool
 	slot, dir      string // what it archives from, and into
 	pidFile        string
 	stdout, stderr logBuffer
@@ -37,7 +38,7 @@ var processes atomic.Int64
 // launch starts a program in a server's container: by its name in a tool's PATH, or by its path.
 func (s *server) launch(t testing.TB, tool tool, terminal bool, env []string, argv ...string) *process {
 	t.Helper()
-	p := &process{s: s, ended: make(chan struct{}), pidFile: fmt.Sprintf("/tmp/process-%d.pid", processes.Add(1))}
+	p := &process{s: s, tool: tool, ended: make(chan struct{}), pidFile: fmt.Sprintf("/tmp/process-%d.pid", processes.Add(1))}
 	ctx, cancel := context.WithCancel(context.Background())
 	engine, err := testcontainers.NewDockerClientWithOpts(ctx)
 	if err != nil {
