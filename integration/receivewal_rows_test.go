@@ -50,6 +50,14 @@ var optionRows = []row{
 	{"goes on where it ended", `receivewal -n -v -S $slot -E $start -D $dir; receivewal -v $open`, 0},
 	{"goes on without its slot", `receivewal -n -v -S $slot -E $before -D $dir; receivewal -nv -E $middle -D $dir`, 0},
 
+	{"stops inside a long record, goes on", `receivewal -n -S $slot -E $inside -D $dir; receivewal -n -S $slot -E $after -D $dir`, 17},
+	{"stops inside a long record, the original goes on", `receivewal -n -S $slot -E $inside -D $dir
+		PATH=$usual receivewal -n -S $slot -E $after -D $dir`, 17},
+	{"stops inside a long record, the original goes on behind it, then again", `receivewal -n -S $slot -E $inside -D $dir
+		PATH=$usual receivewal -n -S $slot -E $after -D $dir; receivewal -n -S $slot -E $last -D $dir`, 17},
+	{"stops inside a long record, the original goes on, then again", `receivewal -n -S $slot -E $inside -D $dir
+		PATH=$usual receivewal -n -S $slot -E $inside -D $dir; receivewal -n -S $slot -E $after -D $dir`, 17},
+
 	// -n, -v, --no-sync, --if-not-exists, --synchronous
 	{"--no-loop --verbose", `receivewal --no-loop --verbose -S $slot -E $middle -D $dir`, 17},
 	{"--no-l --verb", `receivewal --no-l --verb -S $slot -E $middle -D $dir`, 17},
@@ -123,7 +131,7 @@ var optionRows = []row{
 	{"-Z 5x", `receivewal $open -Z 5x`, 17},
 	{"-Z 1:1", `receivewal $open -Z 1:1`, 17},
 	{"-Z :5", `receivewal $open -Z :5`, 17},
-	{"-Z changes", `receivewal -n -S $slot -E $before -D $dir -Z gzip; receivewal -v $open`, 17},
+	{"-Z changes", `receivewal -n -S $slot -E $full -D $dir -Z gzip; receivewal -n -v -S $slot -E $inside -D $dir`, 17},
 	{"-Z begins", `receivewal -n -S $slot -E $start -D $dir; receivewal -v $open -Z 1`, 17},
 
 	// connections
@@ -238,24 +246,31 @@ type difference struct {
 }
 
 var differences = map[string]difference{
-	"already past -E":              {resumed, maskResumed},
-	"goes on where it ended":       {resumed, maskResumed},
-	"-E before a segment's end":    {untruthful, maskSealed},
-	"goes on without its slot":     {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
-	"-Z changes":                   {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
-	"-Z begins":                    {"the original leaves the plain partial file of a segment beside the compressed one", maskStale},
-	"-D not writable":              {inOtherWords, maskError},
-	"-d without keywords":          {inOtherWords, maskError},
-	"-d with an unknown keyword":   {inOtherWords, maskError},
-	"-d with a bad URI":            {inOtherWords, maskError},
-	"-d with a bad quote":          {inOtherWords, maskError},
-	"PGSERVICEFILE missing":        {inOtherWords, maskError},
-	"unknown service":              {inOtherWords, maskError},
-	"PGSSLMODE bogus":              {inOtherWords, maskError},
-	"PGCONNECT_TIMEOUT bogus":      {inOtherWords, maskError},
-	"target_session_attrs=standby": {inOtherWords, maskError},
-	"PGOPTIONS refused":            {"libpq tries twice, and says so twice", maskRepeated},
-	"--=x":                         {"ours has one option more", func(s *sighting) { s.stderr = strings.ReplaceAll(s.stderr, " '--progress'", "") }},
+	"stops inside a long record, goes on":                                    {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
+	"stops inside a long record, the original goes on":                       {untruthful, maskSealedNames},
+	"stops inside a long record, the original goes on behind it, then again": {untruthful, maskSealedNames},
+	"stops inside a long record, the original goes on, then again":           {untruthful, maskSealedNames},
+	"already past -E":                  {resumed, maskResumed},
+	"goes on where it ended":           {resumed, maskResumed},
+	"-E before a segment's end":        {untruthful, maskSealed},
+	"goes on without its slot":         {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
+	"-Z changes":                       {resumed + "; " + untruthful, func(s *sighting) { maskSealed(s); maskResumed(s) }},
+	"-S empty":                         {"ours sends no empty name", func(s *sighting) { s.stderr, _, _ = strings.Cut(s.stderr, "\n") }},
+	"called by its path":               {"ours is called by its name", func(s *sighting) { s.stderr = strings.TrimPrefix(s.stderr, "/tmp/rows/dir/../bin/") }},
+	"PGPASSFILE with a wrong password": {"libpq says where it was", func(s *sighting) { s.stderr, _, _ = strings.Cut(s.stderr, "\n") }},
+	"-Z begins":                        {"the original leaves the plain partial file of a segment beside the compressed one", maskStale},
+	"-D not writable":                  {inOtherWords, maskError},
+	"-d without keywords":              {inOtherWords, maskError},
+	"-d with an unknown keyword":       {inOtherWords, maskError},
+	"-d with a bad URI":                {inOtherWords, maskError},
+	"-d with a bad quote":              {inOtherWords, maskError},
+	"PGSERVICEFILE missing":            {inOtherWords, maskError},
+	"unknown service":                  {inOtherWords, maskError},
+	"PGSSLMODE bogus":                  {inOtherWords, maskError},
+	"PGCONNECT_TIMEOUT bogus":          {inOtherWords, maskError},
+	"target_session_attrs=standby":     {inOtherWords, maskError},
+	"PGOPTIONS refused":                {"libpq tries twice, and says so twice", maskRepeated},
+	"--=x":                             {"ours has one option more", func(s *sighting) { s.stderr = strings.ReplaceAll(s.stderr, " '--progress'", "") }},
 }
 
 const (
@@ -282,6 +297,12 @@ func maskResumed(s *sighting) {
 func maskSealed(s *sighting) {
 	s.stderr = finished.ReplaceAllString(notRenaming.ReplaceAllString(s.stderr, ""), "")
 	s.files = strings.ReplaceAll(s.files, ".partial ", " ")
+}
+
+// maskSealedNames takes out when segments were sealed, but not whether.
+func maskSealedNames(s *sighting) {
+	maskResumed(s)
+	s.stderr = finished.ReplaceAllString(notRenaming.ReplaceAllString(s.stderr, ""), "")
 }
 
 // maskStale takes out the partial files of sealed segments.

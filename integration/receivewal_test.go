@@ -72,6 +72,9 @@ func receivewalServer(t testing.TB, o serverOptions) *server {
 //	$middle  a position inside the second segment
 //	$full    the second segment's beginning, which is the first one's end
 //	$before  the position one byte before that
+//	$inside  the beginning of a segment inside a record that is longer than two segments
+//	$after   a position after that record, at least a segment later
+//	$last    a position a segment behind that
 //	$secret  the password of the roles walfleet and limited, which the Unix socket does not need
 //	$open    options that archive from $slot into $dir, up to $middle
 //
@@ -158,11 +161,16 @@ func (s *server) runRows(t testing.TB, rows []row, tools [2]tool) []map[string]s
 	script.WriteString(rowsScript)
 	start := s.lsn(t, "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'base'")
 	second := s.size.Start(start) + wal.LSN(s.size)
+	long := s.end(t)
+	s.query(t, "SELECT pg_logical_emit_message(true, 'walfleet', repeat('long ', 500000))")
+	after := s.end(t) + wal.LSN(s.size)
+	s.write(t, 3)
 	for _, v := range []struct {
 		name  string
 		value any
 	}{
-		{"start", start}, {"full", second}, {"before", second - 1}, {"middle", second + 0x34567}, {"secret", password},
+		{"start", start}, {"full", second}, {"before", second - 1}, {"middle", second + 0x34567},
+		{"inside", s.size.Start(long) + wal.LSN(s.size)}, {"after", after}, {"last", after + wal.LSN(s.size)}, {"secret", password},
 	} {
 		fmt.Fprintf(&script, "%s='%s'\n", v.name, v.value)
 	}
