@@ -152,7 +152,7 @@ var optionRows = []row{
 	{"-h without a socket", `receivewal $open -h /nowhere`, 17},
 	{"-h without a socket, looping", `receivewal -S $slot -D $dir -h /nowhere`, 17},
 	{"-h does not resolve", `receivewal $open -h no.such.host.invalid`, 17},
-	{"-p without a server", `receivewal $open -h 127.0.0.1 -p 1`, 0},
+	{"-p without a server", `receivewal $open -h 127.0.0.1 -p 1`, 15},
 	{"-p without a server at all of a host's addresses", `receivewal $open -h localhost -p 1`, 17},
 	{"-p without a socket", `receivewal $open -p 1`, 17},
 	{"-h many", `receivewal $open -h 127.0.0.1,/nowhere -p 1,2`, 17},
@@ -162,10 +162,10 @@ var optionRows = []row{
 	{"-p 65536", `receivewal $open -p 65536`, 17},
 	{"-p -1", `receivewal $open -p -1`, 17},
 	{"-p empty", `receivewal $open -p ''`, 17},
-	{"-U unknown", `receivewal $open -U nobody`, 0},
+	{"-U unknown", `receivewal $open -U nobody`, 15},
 	{"-U not allowed", `receivewal $open -U limited`, 17},
 	{"-U not allowed, over TCP", `PGPASSWORD=$secret receivewal $open -U limited -h 127.0.0.1`, 17},
-	{"-w, password needed", `receivewal $open -w -h 127.0.0.1`, 0},
+	{"-w, password needed", `receivewal $open -w -h 127.0.0.1`, 15},
 	{"--no-password, password needed", `receivewal $open --no-password -h 127.0.0.1`, 17},
 	{"-w, password known", `PGPASSWORD=$secret receivewal $open -w -h 127.0.0.1`, 17},
 	{"-w, password not needed", `receivewal $open -w`, 17},
@@ -230,7 +230,7 @@ var optionRows = []row{
 	{"an empty argument", `receivewal ''`, 17},
 	{"-", `receivewal -`, 17},
 	{"called by its path", `mkdir $dir/../bin; ln -s "$(command -v pg_receivewal)" $dir/../bin/pg_receivewal
-		timeout 40 $dir/../bin/pg_receivewal --foo >$dir/../stdout 2>$dir/../stderr; echo $? >$dir/../status`, 0},
+		timeout 40 $dir/../bin/pg_receivewal --foo >$dir/../stdout 2>$dir/../stderr; echo $? >$dir/../status`, 17},
 
 	{"-D . in it", `cd $dir; receivewal -n -S $slot -E $middle -D .`, 17},
 
