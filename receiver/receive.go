@@ -53,9 +53,12 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 		}
 	}
 	st.publish()
-	if err == nil || ended || reached || errors.Is(err, pgrepl.ErrShutdown) {
-		s.logPartial()
+	if (err == nil || reached) && s.writer != nil {
+		if terr := s.writer.Trim(); terr != nil {
+			return pgrepl.NextTimeline{}, terr
+		}
 	}
+	s.logPartial()
 	switch {
 	case ended:
 		return st.finish(ctx)

@@ -163,3 +163,76 @@ func (s *sealedFile) damaged(err error) error {
 	}
 	return &FileError{s.path, fmt.Sprintf("is damaged: %v; move it away and the server sends the segment again, if it still has it", err)}
 }
+
+// sealBefore seals what a stop inside a record that crosses a segment's end has
+// left, when pg_receivewal went on after that: it takes the last segment that was
+// begun for the one to go on with, and leaves those before it as they are. They are
+// complete if the record is, with what is sealed after them.
+func (w *Writer) sealBefore(ctx context.Context) error {
+	c, err := w.dir.scan(w.id.SegmentSize)
+	if err != nil {
+		return err
+	}
+	left := func(s wal.Segment) bool {
+		return s.Timeline == w.timeline && s.End() > w.dir.restarts()[s.Timeline] && c.plain[s.Name()+partialSuffix] && !c.sealed[s]
+	}
+	for last := range c.partial {
+		if !left(last) || !c.sealed[last.Next()] {
+			continue
+		}
+		first := last
+		for before := w.id.SegmentSize.Segment(w.timeline, first.Start-1); left(before); before = w.id.SegmentSize.Segment(w.timeline, first.Start-1) {
+			first = before
+		}
+		if err := w.sealProven(ctx, first, last); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sealProven seals the partial files from first to last, with what is sealed after
+// them as the proof that they are complete.
+func (w *Writer) sealProven(ctx context.Context, first, last wal.Segment) error {
+	walker, err := w.walkerBefore(ctx, first.Start, true)
+	if err != nil {
+		return err
+	}
+	var files []*segment
+	defer func() {
+		for _, s := range files {
+			s.file.Close()
+		}
+	}()
+	for s := first; s.Start <= last.Start && err == nil; s = s.Next() {
+		f, ferr := w.openPartial(s)
+		if ferr != nil {
+			return ferr
+		}
+		files = append(files, &segment{Segment: s, file: f})
+		if err := settle(w.dir.disk, f); err != nil {
+			w.dir.distrust(s.Name() + partialSuffix)
+			return err
+		}
+		err = feed(ctx, walker, from(f, 0), int64(s.Size))
+	}
+	for next := last.Next(); err == nil && walker.Boundary() < last.End(); next = next.Next() {
+		var after *sealedFile
+		if after, err = w.dir.openSealed(next); err == nil {
+			err = errors.Join(after.feed(ctx, walker, 0), after.file.Close())
+		}
+	}
+	if err != nil && (isDiskError(err) && !errors.Is(err, fs.ErrNotExist) || ctx.Err() != nil) {
+		return err
+	}
+	if walker.Boundary() < last.End() || walker.ProvenFrom() > first.Start {
+		return &FileError{w.dir.pathOf(first.Name() + partialSuffix), fmt.Sprintf("is not complete, although %s is (%v): WAL is missing between them; "+
+			"move away %s and all after it, and the server sends them again, if it still has them", last.Next().Name(), err, first.Name())}
+	}
+	for _, s := range files {
+		if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {
+			return fmt.Errorf("sealing %s: %w", s.Name(), err)
+		}
+	}
+	return w.dir.disk.Sync()
+}

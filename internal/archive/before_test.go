@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/klauspost/compress/gzip"
@@ -249,4 +251,84 @@ func TestCompressedDirectoryOfPgReceivewalIsJudgedByItsHeaders(t *testing.T) {
 			t.Errorf("%s: the archive ends at %v, %v, %v; want %s", file, tail, ok, err, want)
 		}
 	}
+}
+
+// leftBehind is an archive that was stopped inside a record that crosses several segments' ends, and in which a
+// pg_receivewal has completed the last of them since.
+func leftBehind(t *testing.T, suffix string) (d *archive.Dir, g *pgtest.WAL, end wal.LSN) {
+	g, end = longRecordWAL()
+	path := t.TempDir()
+	d = open(t, path)
+	w := openTail(t, d)
+	write(t, w, g, 100_000, begin+3*mb+100<<10)
+	if n := len(flush(t, w)); n != 0 {
+		t.Fatalf("%d segments were sealed, want none", n)
+	}
+	g.FillTo(begin + 4*mb)
+	end = g.End()
+	if err := os.Remove(filepath.Join(path, name1(3))); err != nil {
+		t.Fatal(err)
+	}
+	last := g.Bytes(begin+3*mb, end)
+	if suffix != "" {
+		last = compressed(t, suffix, last)
+	}
+	put(t, path, name(1, 3)+suffix, last)
+	return d, g, end
+}
+
+func TestSegmentsThatAreCompleteWithWhatCameAfterThemAreSealed(t *testing.T) {
+	for _, suffix := range []string{"", ".gz"} {
+		d, g, end := leftBehind(t, suffix)
+		w := reopen(t, d)
+		if w.Durable() != end {
+			t.Errorf("durable up to %s, want %s", w.Durable(), end)
+		}
+		wantContent(t, d.Path(), g, begin+3*mb, end)
+	}
+}
+
+func TestSegmentThatIsNotCompleteBehindASealedOneIsNamed(t *testing.T) {
+	d, _, end := leftBehind(t, "")
+	f, err := os.OpenFile(filepath.Join(d.Path(), name1(1)), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("changed"), 500<<10); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	before := files(t, d.Path())
+	if _, err := d.OpenWriter(context.Background(), identity, 1, end); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name1(0))) {
+		t.Errorf("%v; want an error that names the first of them", err)
+	}
+	if after := files(t, d.Path()); !maps.Equal(before, after) {
+		t.Errorf("files were changed: %v, then %v", before, after)
+	}
+}
+
+// What a stop leaves is what pg_receivewal goes on with: one segment that is not sealed, behind all others.
+func TestTrimLeavesOneSegmentToGoOnWith(t *testing.T) {
+	g, end := longRecordWAL()
+	d := open(t, t.TempDir())
+	w := openTail(t, d)
+	write(t, w, g, 100_000, begin+3*mb+100<<10)
+	flush(t, w)
+	durable := w.Durable()
+	if err := w.Trim(); err != nil {
+		t.Fatal(err)
+	}
+	if have := slices.Sorted(maps.Keys(files(t, d.Path()))); !slices.Equal(have, []string{".lock", name1(0)}) {
+		t.Errorf("there are %v", have)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w = reopen(t, d)
+	if w.Durable() != durable {
+		t.Errorf("durable up to %s, was %s", w.Durable(), durable)
+	}
+	write(t, w, g, 100_000, end)
+	flush(t, w)
+	wantContent(t, d.Path(), g, end, end)
 }

@@ -103,6 +103,9 @@ func (d *Dir) OpenWriter(ctx context.Context, id Identity, tli wal.Timeline, sta
 			err = fmt.Errorf("opening the archive at timeline %d, %s: %w", tli, start, errors.Join(err, w.Close()))
 		}
 	}()
+	if err := w.sealBefore(ctx); err != nil {
+		return nil, err
+	}
 	if err := w.recover(ctx); err != nil {
 		return nil, err
 	}
@@ -207,8 +210,9 @@ func (w *Writer) replaceDistrusted() error {
 	return nil
 }
 
-// openPartial opens a segment's .partial file. An empty one, which a crash of
-// pg_receivewal can leave, counts as missing.
+// openPartial opens a segment's .partial file. One that is too short, which
+// pg_receivewal leaves when it is killed while it fills the file with zeros, gets
+// its size.
 func (w *Writer) openPartial(s wal.Segment) (file, error) {
 	name := s.Name() + partialSuffix
 	f, err := w.dir.disk.OpenWrite(name)
@@ -222,8 +226,12 @@ func (w *Writer) openPartial(s wal.Segment) (file, error) {
 		return f, nil
 	case size == 0:
 		err = errors.Join(w.dir.disk.Remove(name), fs.ErrNotExist)
+	case size < int64(s.Size):
+		if err = f.Allocate(int64(s.Size)); err == nil {
+			return f, nil
+		}
 	default:
-		err = &FileError{w.dir.pathOf(name), fmt.Sprintf("has %d bytes, should be 0 or %d; move it away and the server sends the segment again", size, s.Size)}
+		err = &FileError{w.dir.pathOf(name), fmt.Sprintf("has %d bytes, should have %d; move it away and the server sends the segment again", size, s.Size)}
 	}
 	f.Close()
 	return nil, err
@@ -591,6 +599,21 @@ func (w *Writer) seal(s *segment) error {
 		return err
 	}
 	return s.file.Close()
+}
+
+// Trim removes the files of segments that begin inside the last incomplete
+// record, after the last Flush, so that the segment that is not sealed is the
+// last one: pg_receivewal goes on there, with the whole of it. Nothing in them
+// was acknowledged. The Writer can only be closed then.
+func (w *Writer) Trim() error {
+	for len(w.open) > 1 {
+		last := w.open[len(w.open)-1]
+		w.open = w.open[:len(w.open)-1]
+		if err := errors.Join(last.file.Close(), w.dir.disk.Remove(last.Name()+partialSuffix)); err != nil {
+			return fmt.Errorf("removing the beginning of %s: %w", last.Name(), err)
+		}
+	}
+	return nil
 }
 
 // Close closes the files. It does not flush.

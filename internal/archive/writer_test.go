@@ -412,8 +412,8 @@ func TestPartialThatIsEmptyCountsAsMissing(t *testing.T) {
 	wantContent(t, path, g, g.End(), g.End())
 }
 
-func TestPartialOfAnotherSizeIsLeftAlone(t *testing.T) {
-	for _, size := range []int{1, mb - 1, mb + 1, 16 * mb} {
+func TestPartialThatIsTooLongIsLeftAlone(t *testing.T) {
+	for _, size := range []int{mb + 1, 16 * mb} {
 		path := t.TempDir()
 		file := filepath.Join(path, name(1, 0)+".partial")
 		if err := os.WriteFile(file, make([]byte, size), 0o600); err != nil {
@@ -427,6 +427,25 @@ func TestPartialOfAnotherSizeIsLeftAlone(t *testing.T) {
 		if info, err := os.Stat(file); err != nil || info.Size() != int64(size) {
 			t.Errorf("the file changed: %v, %v", info.Size(), err)
 		}
+	}
+}
+
+// A pg_receivewal that was killed while it filled a file with zeros leaves a short one, and so does a copy that was
+// cut short: what it has counts.
+func TestPartialThatIsTooShortGetsItsSize(t *testing.T) {
+	g := walTo(begin + 600<<10)
+	for _, size := range []int{1, 8192, 300 << 10, mb - 1} {
+		path := t.TempDir()
+		content := make([]byte, mb)
+		copy(content, g.Bytes(begin, g.End()))
+		put(t, path, name(1, 0)+".partial", content[:size])
+		w := openTail(t, open(t, path))
+		if again := begin + wal.LSN(min(size, 600<<10)) - w.Pos(); again > 3*wal.PageSize {
+			t.Errorf("%d bytes: %d come again", size, again)
+		}
+		write(t, w, g, 10_000, g.End())
+		flush(t, w)
+		wantContent(t, path, g, g.End(), g.End())
 	}
 }
 
