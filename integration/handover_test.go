@@ -298,7 +298,7 @@ func decompress(t testing.TB, dir string, size wal.SegmentSize) (segments []stor
 		}
 		file := filepath.Join(dir, entry.Name())
 		if strings.HasSuffix(suffix, "partial") {
-			segments = append(segments, stored{segment, file, false})
+			segments = append(segments, stored{segment, file, "", false})
 			continue
 		}
 		data := readFile(t, file)
@@ -317,7 +317,7 @@ func decompress(t testing.TB, dir string, size wal.SegmentSize) (segments []stor
 			t.Errorf("%s has %d bytes", entry.Name(), len(data))
 			continue
 		}
-		segments = append(segments, stored{segment, file, true})
+		segments = append(segments, stored{segment, file, "", true})
 	}
 	slices.SortFunc(segments, func(a, b stored) int { return strings.Compare(a.path, b.path) })
 	return segments
