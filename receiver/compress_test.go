@@ -3,6 +3,7 @@ package receiver
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/wal"
 )
 
 // plain and packed are how many sealed segments of the archive are that.
@@ -221,6 +223,65 @@ func TestHaltedReceiverDoesNotCompress(t *testing.T) {
 			t.Error("it still compresses")
 		}
 		if err := os.Remove(foreign); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// plainArchive has n plain segments, and a server that refuses connections, so that a receiver only compresses.
+func (g *rig) plainArchive(n int) {
+	g.Helper()
+	g.start()
+	g.appendTo(origin + wal.LSN(n)*mb + 5000)
+	g.sleep(time.Second)
+	g.wantPacked(n, 0)
+	g.stop()
+	g.dial = func(context.Context, string, string) (net.Conn, error) { return nil, syscall.ECONNREFUSED }
+	g.cfg.Compress = archive.Compression{Method: "lz4", Level: 1}
+}
+
+// Nobody else may have the directory while a segment is still being compressed in it.
+func TestStopWaitsForCompressing(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.plainArchive(1)
+		g.make()
+		held := make(chan struct{})
+		g.r.free = func() (int64, error) { <-held; return 1 << 40, nil }
+		g.run(g.r.Run)
+		g.sleep(time.Second)
+		g.cancel()
+		synctest.Wait()
+		select {
+		case <-g.ended:
+			t.Fatal("Run has returned, and its compressing goes on")
+		default:
+		}
+		if _, err := archive.Open(g.cfg.Dir); !errors.Is(err, archive.ErrLocked) {
+			t.Errorf("the directory can be opened: %v", err)
+		}
+		close(held)
+		g.stop()
+		g.wantPacked(1, 0)
+	})
+}
+
+// To find out again and again that two files differ is work for nothing.
+func TestSegmentThatNeedsAPersonIsNotTriedAgain(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.plainArchive(2)
+		file := filepath.Join(g.cfg.Dir, g.name(1, 0)+".lz4")
+		if err := os.WriteFile(file, []byte("not what it says"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		g.make()
+		tries := 0
+		g.r.free = func() (int64, error) { tries++; return 1 << 40, nil }
+		g.run(g.r.Run)
+		g.sleep(time.Hour)
+		if tries != 2 {
+			t.Errorf("2 segments were tried %d times", tries)
+		}
+		if err := os.Remove(file); err != nil {
 			t.Fatal(err)
 		}
 	})
