@@ -2,6 +2,7 @@ package archive
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,8 +39,13 @@ func (w *Writer) adoptFile(ctx context.Context, s wal.Segment, name, suffix stri
 		return err
 	}
 	defer compressed.Close()
+	if id, ok, err := w.dir.readIdentity(name); err != nil || ok {
+		if err = cmp.Or(err, compareIdentity(w.dir.pathOf(name), id, w.id)); err != nil {
+			return err
+		}
+	}
 	plain := s.Name() + partialSuffix
-	have, err := w.completeUpTo(ctx, s, plain)
+	have, err := w.durableUpTo(ctx, s, plain)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -56,14 +62,14 @@ func (w *Writer) adoptFile(ctx context.Context, s wal.Segment, name, suffix stri
 	if err != nil {
 		return err
 	}
-	if err := f.Close(); err != nil {
+	if err := errors.Join(f.DropCache(), f.Close()); err != nil {
 		return err
 	}
 	got, err := w.completeUpTo(ctx, s, plain+tempSuffix)
 	if err == nil && have > s.Start {
 		err = w.sameUpTo(plain, plain+tempSuffix, int64(min(have, got)-s.Start))
 	}
-	if err == nil && have < got {
+	if err == nil && have < got && got > s.Start {
 		delete(w.dir.distrusted, plain)
 		err = publish(w.dir.disk, plain, publishing)
 	} else {
@@ -73,6 +79,23 @@ func (w *Writer) adoptFile(ctx context.Context, s wal.Segment, name, suffix stri
 		return err
 	}
 	return w.dir.disk.Remove(name)
+}
+
+// durableUpTo is completeUpTo for a file that may not be synced yet: it is made
+// durable, and read back from the disk.
+func (w *Writer) durableUpTo(ctx context.Context, s wal.Segment, name string) (wal.LSN, error) {
+	f, err := w.openPartial(s)
+	if err != nil {
+		return 0, err
+	}
+	if err := settle(w.dir.disk, f); err != nil {
+		w.dir.distrust(name)
+		return 0, errors.Join(err, f.Close())
+	}
+	if err := f.Close(); err != nil {
+		return 0, err
+	}
+	return w.completeUpTo(ctx, s, name)
 }
 
 // sameUpTo makes sure that the first n bytes of two files are the same.

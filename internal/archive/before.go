@@ -34,6 +34,10 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 		}
 		inside = append(inside, s)
 		walker, err := s.walker(ctx, config)
+		if damaged := new(FileError); s.suffix != "" && errors.As(err, &damaged) {
+			w.damaged = damaged
+			return wal.NewWalker(config), nil
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -47,6 +51,15 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 		}
 		return walker, nil
 	}
+}
+
+// Damaged is what was found wrong with a compressed segment, when that was read for
+// how the WAL goes on; nil: nothing. What comes after it is archived all the same.
+func (w *Writer) Damaged() error {
+	if w.damaged == nil {
+		return nil
+	}
+	return w.damaged
 }
 
 // sealedFile is a sealed segment that is open for reading.

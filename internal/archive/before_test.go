@@ -126,9 +126,10 @@ func TestWALThatDoesNotContinueACompressedSegmentIsRefused(t *testing.T) {
 	}
 }
 
-// TestDamagedCompressedSegmentIsNamed has a segment that cannot be read, right
-// before the place where the archive goes on.
-func TestDamagedCompressedSegmentIsNamed(t *testing.T) {
+// TestDamagedCompressedSegmentIsNamedAndGoneOnFrom has a segment that cannot be
+// read, right before the place where the archive goes on. What it would tell is not
+// known then; what comes is archived.
+func TestDamagedCompressedSegmentIsNamedAndGoneOnFrom(t *testing.T) {
 	for suffix := range compressors {
 		for what, spoil := range map[string]func([]byte) []byte{
 			"cut short": func(p []byte) []byte { return p[:len(p)/2] },
@@ -138,7 +139,11 @@ func TestDamagedCompressedSegmentIsNamed(t *testing.T) {
 			path := t.TempDir()
 			d := open(t, path)
 			w := openTail(t, d)
-			write(t, w, walTo(begin+mb), 100_000, begin+mb)
+			g := walTo(begin + mb)
+			for range 20 {
+				g.Append(make([]byte, 1000))
+			}
+			write(t, w, g, 100_000, begin+mb)
 			flush(t, w)
 			compressFile(t, path, name(1, 0), suffix)
 			data, err := os.ReadFile(filepath.Join(path, name(1, 0)+suffix))
@@ -146,9 +151,19 @@ func TestDamagedCompressedSegmentIsNamed(t *testing.T) {
 				t.Fatal(err)
 			}
 			put(t, path, name(1, 0)+suffix, spoil(data))
-			if _, err := d.OpenWriter(context.Background(), identity, 1, begin+mb); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name(1, 0)+suffix)) {
+			w, err = d.OpenWriter(context.Background(), identity, 1, begin+mb)
+			if err != nil {
+				t.Fatalf("%s %s: %v", suffix, what, err)
+			}
+			if err := w.Damaged(); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name(1, 0)+suffix)) {
 				t.Errorf("%s %s: %v; want an error that names the file", suffix, what, err)
 			}
+			write(t, w, g, 10_000, g.End())
+			flush(t, w)
+			if w.Durable() != g.End() {
+				t.Errorf("%s %s: durable up to %s, want %s", suffix, what, w.Durable(), g.End())
+			}
+			w.Close()
 		}
 	}
 }
@@ -222,6 +237,22 @@ func TestPartialWithOtherWALIsNotTakenOver(t *testing.T) {
 		t.Errorf("%v; want an error that names the files", err)
 	}
 	if after := files(t, path); len(after) != len(before) || after[name(1, 0)+".partial"] != before[name(1, 0)+".partial"] {
+		t.Errorf("files were changed: %v, then %v", before, after)
+	}
+}
+
+// TestPartialOfAnotherClusterIsNotTakenOver: it may be all that there is of that.
+func TestPartialOfAnotherClusterIsNotTakenOver(t *testing.T) {
+	other := pgtest.NewWAL(pgtest.WALConfig{SystemID: systemID + 1, Size: mb, Start: begin})
+	other.FillTo(begin + 300<<10)
+	d := open(t, t.TempDir())
+	bind(t, d, begin)
+	put(t, d.Path(), name(1, 0)+".gz.partial", compressed(t, ".gz", other.Bytes(begin, other.End())))
+	before := files(t, d.Path())
+	if _, err := d.OpenWriter(context.Background(), identity, 1, begin); !isIdentityError(err) {
+		t.Errorf("%v; want an error that says whose it is", err)
+	}
+	if after := files(t, d.Path()); !maps.Equal(before, after) {
 		t.Errorf("files were changed: %v, then %v", before, after)
 	}
 }

@@ -142,8 +142,13 @@ func open(path string, disk disk) (*Dir, error) {
 	return d, nil
 }
 
-// load mends what a crash left, and reads archive.json.
+// load makes durable what is there, mends what a crash left, and reads
+// archive.json. A sealed segment is trusted by its name from then on, and a
+// pg_receivewal that was told not to sync may have given it that.
 func (d *Dir) load() error {
+	if err := d.disk.SyncAll(); err != nil {
+		return fmt.Errorf("archive directory: %w", err)
+	}
 	if err := d.mend(); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
 	}

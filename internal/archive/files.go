@@ -8,6 +8,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,7 @@ type disk interface {
 	Remove(name string) error
 	Same(a, b string) bool // whether two names are of one file
 	Sync() error           // makes names durable
+	SyncAll() error        // makes everything durable that is there
 	Free() (int64, error)  // bytes that may still be used
 }
 
@@ -214,6 +216,8 @@ func (d osDisk) Same(a, b string) bool {
 
 func (d osDisk) Sync() error { return syncDir(string(d)) }
 
+func (d osDisk) SyncAll() error { return syncAll(d) }
+
 func (d osDisk) Free() (int64, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(string(d), &st); err != nil {
@@ -242,7 +246,8 @@ func (d unsynced) OpenWrite(name string) (file, error) { return unsyncedOpen(d.d
 func (d unsynced) Create(name string, mode fs.FileMode) (file, error) {
 	return unsyncedOpen(d.disk.Create(name, mode))
 }
-func (unsynced) Sync() error { return nil }
+func (unsynced) Sync() error    { return nil }
+func (unsynced) SyncAll() error { return nil }
 
 // unsyncedFile is a file of an unsynced disk. What was not synced stays cached.
 type unsyncedFile struct{ file }
@@ -262,7 +267,7 @@ func (unsyncedFile) DropCache() error { return nil }
 // known any more.
 func SyncFailed(err error) bool {
 	var pe *os.PathError
-	return errors.As(err, &pe) && (pe.Op == "sync" || pe.Op == "fdatasync")
+	return errors.As(err, &pe) && slices.Contains([]string{"sync", "fdatasync", "syncfs"}, pe.Op)
 }
 
 // syncDir makes the names in a directory durable.

@@ -61,3 +61,17 @@ func renameExclusive(from, to string) error {
 	}
 	return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
 }
+
+// syncAll is syncfs(2), which costs little where little is not synced; each file's
+// own fsync in a large archive would take minutes.
+func syncAll(d osDisk) error {
+	dir, err := os.Open(string(d))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return &os.PathError{Op: "syncfs", Path: string(d), Err: err}
+	}
+	return nil
+}

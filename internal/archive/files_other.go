@@ -2,7 +2,10 @@
 
 package archive
 
-import "errors"
+import (
+	"errors"
+	"os"
+)
 
 // Other systems are for development: the portable calls are enough there.
 
@@ -13,3 +16,18 @@ func (osFile) DropCache() error { return nil }
 func (f osFile) SyncData() error { return f.Sync() }
 
 func renameExclusive(string, string) error { return errors.ErrUnsupported }
+
+func syncAll(d osDisk) error {
+	entries, err := os.ReadDir(string(d))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Type().IsRegular() {
+			if err := syncFile(d, e.Name()); err != nil {
+				return err
+			}
+		}
+	}
+	return d.Sync()
+}

@@ -242,6 +242,21 @@ func (d *memDisk) step(o nameOp) {
 
 func (d *memDisk) Names() ([]string, error) { return slices.Sorted(maps.Keys(d.names)), nil }
 
+// SyncAll syncs every file, then the names.
+func (d *memDisk) SyncAll() error {
+	for _, name := range slices.Sorted(maps.Keys(d.names)) {
+		if i := d.names[name]; len(i.dirty) > 0 || i.syncedSize != i.size || !i.synced {
+			if err := (&memFile{inode: i, d: d, name: name}).Sync(); err != nil {
+				return err
+			}
+		}
+	}
+	if len(d.pending) > 0 {
+		return d.Sync()
+	}
+	return nil
+}
+
 func (d *memDisk) Free() (int64, error) { return 1 << 40, nil }
 
 func (d *memDisk) Open(name string) (file, error) {
