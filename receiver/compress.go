@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -16,12 +19,16 @@ import (
 const compressRetry = time.Minute
 
 // compressing is the goroutine that compresses an open archive's sealed segments,
-// beside the one that receives. The directory is its list of what is to be done,
-// so that it goes on by itself where an earlier process ended.
+// beside the one that receives. It lists the directory when it starts, so that it
+// goes on where an earlier process ended, and after trouble.
 type compressing struct {
-	sealed chan struct{} // has one while there may be new segments
-	stop   context.CancelFunc
-	done   chan struct{}
+	stop context.CancelFunc
+	done chan struct{}
+	wake chan struct{} // has one while there are new segments
+
+	mu     sync.Mutex
+	sealed []wal.Segment // since it looked last
+	list   bool          // there may be more in the directory
 }
 
 // startCompressing starts it, if there is something to do and to do it with.
@@ -31,22 +38,32 @@ func (r *Receiver) startCompressing() {
 		return
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	c := &compressing{make(chan struct{}, 1), stop, make(chan struct{})}
+	c := &compressing{stop: stop, done: make(chan struct{}), wake: make(chan struct{}, 1)}
 	r.compressing = c
 	dir := r.dir
 	go func() {
 		defer close(c.done)
-		r.compress(ctx, dir, size, c.sealed)
+		defer func() {
+			if p := recover(); p != nil {
+				_ = r.panicked(p) // the segments stay plain
+			}
+		}()
+		r.compress(ctx, dir, size, c)
 	}()
 }
 
-// wakeCompressing tells it that there are new sealed segments.
-func (r *Receiver) wakeCompressing() {
-	if r.compressing == nil {
+// compressLater tells it of sealed segments, or that the directory may have some
+// that nobody told it of.
+func (r *Receiver) compressLater(sealed []wal.Segment, list bool) {
+	c := r.compressing
+	if c == nil || len(sealed) == 0 && !list {
 		return
 	}
+	c.mu.Lock()
+	c.sealed, c.list = append(c.sealed, sealed...), c.list || list
+	c.mu.Unlock()
 	select {
-	case r.compressing.sealed <- struct{}{}:
+	case c.wake <- struct{}{}:
 	default:
 	}
 }
@@ -62,81 +79,92 @@ func (r *Receiver) stopCompressing() {
 
 // compress compresses what is there, and what is sealed later, until ctx is done.
 // Trouble is logged when it is news, and tried again.
-func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.SegmentSize, sealed <-chan struct{}) {
+func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.SegmentSize, c *compressing) {
 	hopeless := map[wal.Segment]bool{}
 	reported := ""
+	segments, err := dir.Plain(size)
 	for {
-		err := r.compressPlain(ctx, dir, size, hopeless)
+		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless))
 		if ctx.Err() != nil {
 			return
 		}
 		var again <-chan time.Time
-		if err == nil {
-			reported = ""
-		} else {
-			again = time.After(compressRetry)
-			if err.Error() != reported {
-				reported = err.Error()
-				r.log.Warn("a sealed segment stays as it is, not compressed", "error", err, "retry_in", compressRetry)
-			}
+		news := ""
+		if err != nil {
+			again, news = time.After(compressRetry), err.Error()
 		}
+		if news != "" && news != reported {
+			r.log.Warn("a sealed segment stays as it is, not compressed", "error", err)
+		}
+		reported = news
+		list := err != nil // there is older work
 		select {
 		case <-ctx.Done():
 			return
-		case <-sealed:
 		case <-again:
+		case <-c.wake:
+		}
+		c.mu.Lock()
+		list = list || c.list
+		segments, err = c.sealed, nil
+		c.sealed, c.list = nil, false
+		c.mu.Unlock()
+		if list {
+			segments, err = dir.Plain(size)
 		}
 	}
 }
 
-// compressPlain compresses all sealed segments that are plain, oldest first. Those
-// that need a person become hopeless, and are left out from then on.
-func (r *Receiver) compressPlain(ctx context.Context, dir *archive.Dir, size wal.SegmentSize, hopeless map[wal.Segment]bool) error {
-	segments, err := dir.Plain(size)
+// errNoRoom says that a segment is not compressed for want of room.
+var errNoRoom = errors.New("no room to compress")
+
+// compressAll compresses segments. Those that need a person become hopeless, and
+// are left out from then on.
+func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool) error {
+	var errs []error
 	for _, s := range segments {
 		if hopeless[s] {
 			continue
 		}
-		serr := r.compressSegment(ctx, dir, s)
+		err := r.compressSegment(ctx, dir, s)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		hopeless[s] = errors.As(serr, new(*archive.FileError))
-		err = errors.Join(err, serr)
-		if serr != nil && !hopeless[s] {
-			break // the disk, or the room on it: the next one has no better
+		if errors.As(err, new(*archive.FileError)) {
+			hopeless[s] = true
+		}
+		errs = append(errs, err)
+		if errors.Is(err, errNoRoom) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EROFS) {
+			break // the next one has no better luck
 		}
 	}
-	return err
+	return errors.Join(errs...)
 }
 
 // compressSegment compresses one segment, when it is this receiver's turn.
 func (r *Receiver) compressSegment(ctx context.Context, dir *archive.Dir, s wal.Segment) (err error) {
-	if err := r.compressors.Acquire(ctx, 1); err != nil {
-		return err
-	}
-	defer r.compressors.Release(1)
+	defer func() {
+		if p := recover(); p != nil {
+			err = r.panicked(p)
+		}
+	}()
 	free, err := r.freeBytes(dir)
 	if err != nil {
 		return err
 	}
-	if room := int64(s.Size) + max(r.cfg.MinFree, 0); free < room {
-		return fmt.Errorf("no room to compress %s: %s has %s left, and it may take %s above min_free", s.Name(), r.cfg.Dir, megabytes(free), megabytes(int64(s.Size)))
+	// The next segment to be received must still fit beside min_free.
+	if room := 2*int64(s.Size) + max(r.cfg.MinFree, 0); free < room {
+		return fmt.Errorf("%w %s: %s has %s left, less than %s and the next segment's room", errNoRoom, s.Name(), r.cfg.Dir, megabytes(free), megabytes(room-int64(s.Size)))
 	}
-	var n int64
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		defer func() {
-			if p := recover(); p != nil {
-				err = r.panicked(p)
-			}
-		}()
-		lowerPriority()
-		n, err = dir.Compress(ctx, s, r.cfg.Compress)
-	}()
-	<-done
-	if err == nil {
+	if err := r.compressors.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer r.compressors.Release(1)
+	n, err := dir.Compress(ctx, s, r.cfg.Compress)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil // it was listed before it was compressed, or a person has moved it away
+	case err == nil:
 		r.compressed.Add(1)
 		r.log.Info("segment compressed", "segment", s.Name(), "compress", r.cfg.Compress.String(), "bytes", n)
 	}
@@ -150,10 +178,11 @@ func (r *Receiver) CompressSealed(ctx context.Context) error {
 	if r.dir == nil || r.cfg.Compress == (archive.Compression{}) || r.dir.SegmentSize() == 0 {
 		return nil
 	}
-	return r.compressPlain(ctx, r.dir, r.dir.SegmentSize(), map[wal.Segment]bool{})
+	segments, err := r.dir.Plain(r.dir.SegmentSize())
+	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}))
 }
 
 // NewCompressors makes what bounds the work of all receivers that share it: how
-// many segments are compressed at the same time. Each takes one processor, at low
-// priority, and up to 20 MB of memory.
+// many segments are compressed at the same time. Each takes one processor, and the
+// memory that its method takes: 40 MB at most.
 func NewCompressors(n int64) *semaphore.Weighted { return semaphore.NewWeighted(n) }

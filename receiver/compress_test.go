@@ -136,12 +136,12 @@ func TestCompressingWaitsForRoom(t *testing.T) {
 		g.stop()
 		g.cfg.Compress = archive.Compression{Method: "gzip", Level: 1}
 		g.cfg.MinFree = 10 * mb
-		g.room.Store(11*mb - 1)
+		g.room.Store(12*mb - 1)
 		g.start()
 		g.sleep(time.Hour)
 		g.wantPacked(2, 0)
 		g.want(Streaming)
-		g.room.Store(11 * mb)
+		g.room.Store(12 * mb)
 		g.sleep(compressRetry)
 		g.wantPacked(0, 2)
 	})

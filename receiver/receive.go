@@ -53,12 +53,14 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 		}
 	}
 	st.publish()
-	if (err == nil || reached) && s.writer != nil {
+	if s.writer != nil && (err == nil || reached) {
 		if terr := s.writer.Trim(); terr != nil {
 			return pgrepl.NextTimeline{}, terr
 		}
 	}
-	s.logPartial()
+	if s.writer != nil {
+		s.logPartial()
+	}
 	switch {
 	case ended:
 		return st.finish(ctx)
@@ -244,9 +246,7 @@ func (s *stream) flush() error {
 		s.now.sealed++
 		s.log.Info(MsgSealed, "segment", segment.Name(), "timeline", segment.Timeline, "end", segment.End())
 	}
-	if len(sealed) > 0 {
-		s.wakeCompressing()
-	}
+	s.compressLater(sealed, false)
 	if err != nil {
 		s.dropWriter()
 		return err

@@ -94,7 +94,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		r.accepted = nil
 		if ctx.Err() != nil {
 			if err != nil && !errors.Is(err, context.Canceled) {
-				r.log.Warn("stopped without a good-bye to the server", "error", err)
+				r.log.Warn(msgNoGoodbye, "error", err)
 			}
 			return nil
 		}
@@ -131,6 +131,8 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	}
 }
 
+const msgNoGoodbye = "stopped without a good-bye to the server"
+
 // RunOnce archives over one connection, and returns what ended that. It is nil when
 // ctx is done or cfg.EndPos was passed, after what came was flushed and the server
 // was told. Another RunOnce goes on where this one ended, without reading the
@@ -139,6 +141,9 @@ func (r *Receiver) RunOnce(ctx context.Context) error {
 	for {
 		_, err := r.guardedSession(ctx)
 		if errors.Is(err, errEndReached) || ctx.Err() != nil && !archive.SyncFailed(err) {
+			if err != nil && !errors.Is(err, errEndReached) && !errors.Is(err, context.Canceled) {
+				r.log.Warn(msgNoGoodbye, "error", err)
+			}
 			return nil
 		}
 		t := classify(err)

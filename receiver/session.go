@@ -51,7 +51,10 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		return false, err
 	}
 	r.startCompressing()
-	r.wakeCompressing()
+	r.compressLater(nil, true) // opening the writer may have sealed some
+	if err := r.writer.Damaged(); err != nil {
+		r.log.Error("a sealed segment is damaged, the archive goes on behind it", "error", err)
+	}
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
 	wait := s.watchHosts(ctx, leave)

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
 
 	"github.com/walfleet/walfleet/internal/wal"
@@ -24,14 +23,20 @@ import (
 // plain file beside the compressed one, oldest first. Another goroutine than the
 // one that uses d may call it, and Compress too.
 func (d *Dir) Plain(size wal.SegmentSize) ([]wal.Segment, error) {
-	c, err := d.scan(size)
+	names, err := d.disk.Names()
 	if err != nil {
 		return nil, fmt.Errorf("archive directory: %w", err)
 	}
-	maps.DeleteFunc(c.sealed, func(s wal.Segment, _ bool) bool { return !c.plain[s.Name()] })
-	return slices.SortedFunc(maps.Keys(c.sealed), func(a, b wal.Segment) int {
+	var plain []wal.Segment
+	for _, name := range names {
+		if s, err := wal.ParseSegment(name, size); err == nil {
+			plain = append(plain, s)
+		}
+	}
+	slices.SortFunc(plain, func(a, b wal.Segment) int {
 		return cmp.Or(cmp.Compare(a.Start, b.Start), cmp.Compare(a.Timeline, b.Timeline))
-	}), nil
+	})
+	return plain, nil
 }
 
 // Compress replaces a sealed segment's plain file by a compressed one, and

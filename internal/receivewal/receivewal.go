@@ -206,7 +206,9 @@ func (c *command) stream() error {
 		err := c.keepArchiving(ctx, r, &reached)
 		again := c.mayAsk(err)
 		if !again { // scripts find what they expect, once this has ended
-			err = errors.Join(err, r.CompressSealed(context.Background()))
+			if cerr := r.CompressSealed(context.Background()); cerr != nil {
+				c.print("warning: %s", describe(cerr))
+			}
 		}
 		if err := errors.Join(err, r.Close()); !again {
 			return err
