@@ -58,7 +58,7 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 			return pgrepl.NextTimeline{}, terr
 		}
 	}
-	if s.writer != nil {
+	if s.writer != nil && (err == nil || ended || reached || errors.Is(err, pgrepl.ErrShutdown) || pgrepl.Code(err) != "") {
 		s.logPartial()
 	}
 	switch {
