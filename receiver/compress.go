@@ -19,7 +19,8 @@ import (
 const compressRetry = time.Minute
 
 // compressing is the goroutine that compresses an open archive's sealed segments,
-// beside the one that receives. It lists the directory when it starts, so that it
+// beside the one that receives. While that catches up it waits: both write to the
+// same disk, and what is not received yet is only on the server. It lists the directory when it starts, so that it
 // goes on where an earlier process ended, and after trouble.
 type compressing struct {
 	stop context.CancelFunc
@@ -84,7 +85,7 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 	reported := ""
 	segments, err := dir.Plain(size)
 	for {
-		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless))
+		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless, true))
 		if ctx.Err() != nil {
 			return
 		}
@@ -119,12 +120,16 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 var errNoRoom = errors.New("no room to compress")
 
 // compressAll compresses segments. Those that need a person become hopeless, and
-// are left out from then on.
-func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool) error {
+// are left out from then on. Where it yields, it leaves off once the receiver
+// catches up: the end of that wakes it.
+func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool, yields bool) error {
 	var errs []error
 	for _, s := range segments {
 		if hopeless[s] {
 			continue
+		}
+		if yields && r.state.Load().State == CatchingUp {
+			break
 		}
 		err := r.compressSegment(ctx, dir, s)
 		if ctx.Err() != nil {
@@ -152,9 +157,14 @@ func (r *Receiver) compressSegment(ctx context.Context, dir *archive.Dir, s wal.
 	if err != nil {
 		return err
 	}
-	// The next segment to be received must still fit beside min_free.
-	if room := 2*int64(s.Size) + max(r.cfg.MinFree, 0); free < room {
-		return fmt.Errorf("%w %s: %s has %s left, less than %s and the next segment's room", errNoRoom, s.Name(), r.cfg.Dir, megabytes(free), megabytes(room-int64(s.Size)))
+	// The next segment to be received must still fit beside min_free. Where that has
+	// no room already, compressing makes some.
+	room := 2*int64(s.Size) + max(r.cfg.MinFree, 0)
+	if r.state.Load().State == Blocked {
+		room = int64(s.Size)
+	}
+	if free < room {
+		return fmt.Errorf("%w %s: %s has %s left, less than %s", errNoRoom, s.Name(), r.cfg.Dir, megabytes(free), megabytes(room))
 	}
 	if err := r.compressors.Acquire(ctx, 1); err != nil {
 		return err
@@ -179,7 +189,7 @@ func (r *Receiver) CompressSealed(ctx context.Context) error {
 		return nil
 	}
 	segments, err := r.dir.Plain(r.dir.SegmentSize())
-	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}))
+	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}, false))
 }
 
 // NewCompressors makes what bounds the work of all receivers that share it: how

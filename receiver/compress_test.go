@@ -286,3 +286,36 @@ func TestSegmentThatNeedsAPersonIsNotTriedAgain(t *testing.T) {
 		}
 	})
 }
+
+// What is not received yet is only on the server, so that comes first.
+func TestCompressingWaitsWhileTheReceiverCatchesUp(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Compress = archive.Compression{Method: "lz4", Level: 1}
+		g.appendTo(origin + 3*mb + 5000)
+		g.serve(trickle(g.wal, 100<<10, time.Second))
+		g.start()
+		g.sleep(15 * time.Second)
+		g.want(CatchingUp)
+		g.wantPacked(1, 0)
+		g.sleep(time.Minute)
+		g.want(Streaming)
+		g.wantPacked(0, 3)
+	})
+}
+
+// Where there is no room to archive, compressing makes some.
+func TestCompressingMakesRoomForABlockedReceiver(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.start()
+		g.appendTo(origin + 2*mb + 5000)
+		g.sleep(time.Second)
+		g.stop()
+		g.cfg.Compress = archive.Compression{Method: "gzip", Level: 1}
+		g.cfg.MinFree = 10 * mb
+		g.room.Store(5 * mb)
+		g.start()
+		g.sleep(2 * compressRetry)
+		g.want(Blocked)
+		g.wantPacked(0, 2)
+	})
+}

@@ -71,11 +71,15 @@ func (r *Receiver) Status() Status {
 // setState publishes a transition. Since moves only when the state changes.
 func (r *Receiver) setState(state State, reason string) {
 	s := *r.state.Load()
-	if s.State != state {
+	changed := s.State != state
+	if changed {
 		s.Since = time.Now()
 	}
 	s.State, s.Reason = state, reason
 	r.state.Store(&s)
+	if changed {
+		r.compressLater(nil, true) // it may have waited for this
+	}
 }
 
 func (r *Receiver) setServer(host string, id pgrepl.Identity) {
