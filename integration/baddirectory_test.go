@@ -21,8 +21,8 @@ func TestDirectoriesThatRefuse(t *testing.T) {
 		damage, repair func(t *testing.T, dir string)
 		reason         []string
 	}{
-		{"partial_size", truncatePartial(4711), truncatePartial(megabyte), []string{".partial", "has 4711 bytes, should be 0 or 1048576"}},
-		{"partial_size_and_moved_away", truncatePartial(4711), movePartial, []string{".partial", "move it away"}},
+		{"partial_size", truncatePartial(megabyte + 4711), truncatePartial(megabyte), []string{".partial", "has 1053287 bytes, should have 1048576"}},
+		{"partial_size_and_moved_away", truncatePartial(megabyte + 4711), movePartial, []string{".partial", "move it away"}},
 		{"damaged_meta", replaceMeta(`"format"`, `"format`), replaceMeta(`"format`, `"format"`), []string{"archive.json", "damaged"}},
 		{"other_cluster", replaceMeta(identifier, identifier+"1"), replaceMeta(identifier+"1", identifier), []string{"belongs to the cluster with system identifier"}},
 	}

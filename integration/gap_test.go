@@ -68,6 +68,7 @@ func TestGapIsAPersonsDecision(t *testing.T) {
 			if err != nil || !strings.Contains(string(out), "gap recorded: WAL from "+first.Flushed.String()) {
 				t.Fatalf("accept-gap: %v: %s", err, out)
 			}
+			s.set(t, "wal_keep_size", "64MB") // to compare with
 			s.write(t, 2)
 			awaitSlotFlushed(t, s, "walfleet", s.end(t))
 			p.signal(t, syscall.SIGTERM)

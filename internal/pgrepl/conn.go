@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -66,9 +68,9 @@ func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error)
 		dial = o.Dial
 		config.LookupFunc = func(_ context.Context, host string) ([]string, error) { return []string{host}, nil }
 	}
-	var dialled []string
+	var dialled addresses
 	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		dialled = append(dialled, address)
+		dialled.add(address)
 		return dial(ctx, network, address)
 	}
 	if o.ApplicationName != "" {
@@ -86,9 +88,28 @@ func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error)
 	}
 	pg, err := pgconn.ConnectConfig(ctx, config)
 	if err != nil {
-		return nil, c.connectError(h.name, dialled, config.Password, err)
+		return nil, c.connectError(h.name, dialled.list(), config.Password, err)
 	}
 	return &Conn{pg: pg, host: h.name, config: config, timeout: o.Timeout}, nil
+}
+
+// addresses are those that were dialled. pgconn dials in a goroutine of its own
+// when it cancels what a connection does that breaks.
+type addresses struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (a *addresses) add(address string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.all = append(a.all, address)
+}
+
+func (a *addresses) list() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.all)
 }
 
 // Host is the server's "host:port".
