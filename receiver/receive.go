@@ -53,7 +53,8 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 		}
 	}
 	st.publish()
-	if s.writer != nil && (err == nil || reached) {
+	if s.writer != nil && (err == nil && !errors.Is(context.Cause(ctx), errSuperseded) || reached) {
+		defer s.dropWriter() // it is only good for the last status now
 		if terr := s.writer.Trim(); terr != nil {
 			return pgrepl.NextTimeline{}, terr
 		}

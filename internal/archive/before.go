@@ -238,9 +238,10 @@ func (w *Writer) sealProven(ctx context.Context, first, last wal.Segment) error 
 	if err != nil && (isDiskError(err) && !errors.Is(err, fs.ErrNotExist) || ctx.Err() != nil) {
 		return err
 	}
-	if walker.Boundary() < last.End() || walker.ProvenFrom() > first.Start {
-		return &FileError{w.dir.pathOf(first.Name() + partialSuffix), fmt.Sprintf("is not complete, although %s is (%v): WAL is missing between them; "+
-			"move away %s and all after it, and the server sends them again, if it still has them", last.Next().Name(), err, first.Name())}
+	abandoned, _ := walker.Abandoned() // whose bytes no CRC speaks for
+	if walker.Boundary() < last.End() || walker.ProvenFrom() > first.Start || abandoned != 0 && abandoned < last.End() {
+		return &FileError{w.dir.pathOf(first.Name() + partialSuffix), fmt.Sprintf("cannot be proven to be complete, although %s is sealed (%v): "+
+			"compare it with the server's, or move away it and what comes after it, and the server sends that again, if it still has it", last.Next().Name(), err)}
 	}
 	for _, s := range files {
 		if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {

@@ -287,7 +287,7 @@ func TestCompressedDirectoryOfPgReceivewalIsJudgedByItsHeaders(t *testing.T) {
 // leftBehind is an archive that was stopped inside a record that crosses several segments' ends, and in which a
 // pg_receivewal has completed the last of them since.
 func leftBehind(t *testing.T, suffix string) (d *archive.Dir, g *pgtest.WAL, end wal.LSN) {
-	g, end = longRecordWAL()
+	g, _ = longRecordWAL()
 	path := t.TempDir()
 	d = open(t, path)
 	w := openTail(t, d)

@@ -604,10 +604,10 @@ func (w *Writer) seal(s *segment) error {
 
 // Trim removes the files of segments that begin inside the last incomplete
 // record, after the last Flush, so that the segment that is not sealed is the
-// last one: pg_receivewal goes on there, with the whole of it. Nothing in them
-// was acknowledged. The Writer can only be closed then.
+// last one: pg_receivewal goes on there, with the whole of it. What may have been
+// acknowledged stays. The Writer can only be closed then.
 func (w *Writer) Trim() error {
-	for len(w.open) > 1 {
+	for len(w.open) > 1 && w.open[len(w.open)-1].Start >= w.Promised() {
 		last := w.open[len(w.open)-1]
 		w.open = w.open[:len(w.open)-1]
 		if err := errors.Join(last.file.Close(), w.dir.disk.Remove(last.Name()+partialSuffix)); err != nil {
