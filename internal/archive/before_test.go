@@ -363,3 +363,70 @@ func TestTrimLeavesOneSegmentToGoOnWith(t *testing.T) {
 	flush(t, w)
 	wantContent(t, d.Path(), g, end, end)
 }
+
+// segmentOf is what a segment's file has of g, up to end.
+func segmentOf(g *pgtest.WAL, n int, end wal.LSN) []byte {
+	content := make([]byte, mb)
+	start := begin + wal.LSN(n)*mb
+	copy(content, g.Bytes(start, min(end, start+mb)))
+	return content
+}
+
+// What may have been acknowledged stays, for a first segment that has not been compared yet, and for records behind
+// one that the server gave up.
+func TestTrimRemovesNothingThatMayHaveBeenAcknowledged(t *testing.T) {
+	inside := pgtest.NewWAL(pgtest.WALConfig{SystemID: systemID, Size: mb, Start: begin - mb})
+	inside.FillTo(begin - 20<<10)
+	inside.Append(bytes.Repeat([]byte("into"), 20<<10))
+	for inside.End() < begin+mb+300<<10 {
+		inside.Append(bytes.Repeat([]byte{7}, 4000))
+	}
+	given := walTo(begin + mb - 20000)
+	given.Abort(bytes.Repeat([]byte("torn"), 20000), 6)
+	for given.End() < begin+mb+300<<10 {
+		given.Append(bytes.Repeat([]byte{3}, 4000))
+	}
+	for what, g := range map[string]*pgtest.WAL{"not compared": inside, "behind a record that was given up": given} {
+		d := open(t, t.TempDir())
+		put(t, d.Path(), name1(0), segmentOf(g, 0, g.End()))
+		put(t, d.Path(), name1(1), segmentOf(g, 1, g.End()))
+		w := openTail(t, d)
+		durable, promised := w.Durable(), w.Promised()
+		if promised <= begin+mb {
+			t.Fatalf("%s: nothing is promised in the second segment", what)
+		}
+		end := begin + 100<<10
+		if what != "not compared" {
+			end = begin + mb + 8192
+		}
+		write(t, w, g, 8192, end)
+		flush(t, w)
+		if err := w.Trim(); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if w = reopen(t, d); w.Durable() < durable || w.Promised() < promised {
+			t.Errorf("%s: durable %s and promised %s, before the stop %s and %s", what, w.Durable(), w.Promised(), durable, promised)
+		}
+	}
+}
+
+// No CRC speaks for a record that the server gave up, so nothing is sealed with one that was not received again.
+func TestSegmentThatEndsInARecordThatWasGivenUpIsNotSealedUnread(t *testing.T) {
+	g := walTo(begin + mb - 40000)
+	g.Abort(bytes.Repeat([]byte("torn"), 20000), 5)
+	g.FillTo(begin + 2*mb)
+	d := open(t, t.TempDir())
+	lost := segmentOf(g, 0, g.End())
+	copy(lost[mb-12288:], make([]byte, 2048)) // sectors that a power loss took
+	put(t, d.Path(), name1(0), lost)
+	put(t, d.Path(), name(1, 1), segmentOf(g, 1, g.End()))
+	if _, err := d.OpenWriter(context.Background(), identity, 1, begin+2*mb); !isFileError(err) {
+		t.Errorf("%v; want an error that names the file", err)
+	}
+	if _, err := os.Stat(filepath.Join(d.Path(), name(1, 0))); err == nil {
+		t.Error("it was sealed")
+	}
+}
