@@ -52,8 +52,8 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	}
 	r.startCompressing()
 	r.compressLater(nil, true) // opening the writer may have sealed some
-	if err := r.writer.Damaged(); err != nil {
-		r.log.Error("a sealed segment is damaged, the archive goes on behind it", "error", err)
+	if err := r.writer.Unsound(); err != nil {
+		r.log.Error("the archive goes on behind a file that needs a person", "error", err)
 	}
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)

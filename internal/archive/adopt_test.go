@@ -1,8 +1,8 @@
 package archive
 
 import (
-	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"syscall"
 	"testing"
@@ -31,15 +31,7 @@ func besideCompressed(t *testing.T) (d *Dir, disk *memDisk, end wal.LSN) {
 	if err := d.Bind(crashIdentity, Origin{Timeline: 1, LSN: crashBegin, Source: "slot", Time: time.Unix(1e9, 0)}); err != nil {
 		t.Fatal(err)
 	}
-	var packed bytes.Buffer
-	z, err := compressTo(&packed, Compression{"gzip", 1})
-	if err == nil {
-		_, err = z.Write(content)
-	}
-	if err = errors.Join(err, z.Close()); err != nil {
-		t.Fatal(err)
-	}
-	if err := storeFile(disk, packedSegment.Name()+".gz"+partialSuffix, packed.Bytes(), 0o600, disk.Rename); err != nil {
+	if err := storeFile(disk, packedSegment.Name()+".gz"+partialSuffix, pack(Compression{"gzip", 1}, content), 0o600, disk.Rename); err != nil {
 		t.Fatal(err)
 	}
 	f, err := createFile(disk, packedSegment.Name()+partialSuffix, int64(crashSegment), 0o600)
@@ -144,4 +136,121 @@ func TestWhatWasNotSyncedIsBeforeAnythingIsAcknowledged(t *testing.T) {
 			}
 		}
 	}
+}
+
+// crashAnywhere opens the Writer on what archive makes, and loses power at each operation of that, in several ways. What
+// is left is opened again, and judged.
+func crashAnywhere(t *testing.T, archive func() *memDisk, start wal.LSN, judge func(d *Dir, w *Writer) error) {
+	t.Helper()
+	crashes := 0
+	for op, more := 1, true; more; op++ {
+		for seed := range uint64(20) {
+			disk := archive()
+			r := rand.New(rand.NewPCG(seed, uint64(op)))
+			first := disk.ops
+			var after *memDisk
+			disk.before = func(string, string) {
+				if disk.ops == first+op {
+					after = disk.crash(r)
+				}
+			}
+			d := &Dir{path: "archive", disk: disk}
+			if err := d.load(); err != nil {
+				t.Fatal(err)
+			}
+			w, err := d.OpenWriter(t.Context(), crashIdentity, 1, start)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := judge(d, w); err != nil {
+				t.Fatalf("without a crash: %v", err)
+			}
+			w.Close()
+			if more = after != nil; !more {
+				break
+			}
+			crashes++
+			d = &Dir{path: "archive", disk: after}
+			if err := d.load(); err != nil {
+				t.Fatal(err)
+			}
+			if w, err = d.OpenWriter(t.Context(), crashIdentity, 1, start); err == nil {
+				err = judge(d, w)
+			}
+			if err != nil {
+				t.Fatalf("seed %d, a crash at operation %d: %v", seed, op, err)
+			}
+			w.Close()
+		}
+	}
+	if crashes == 0 {
+		t.Error("there were no operations to crash at")
+	}
+}
+
+// A take-over of what pg_receivewal has compressed can end at any operation.
+func TestTakingOverIsSafeInACrashAnywhere(t *testing.T) {
+	content, end := partialWAL()
+	for _, plain := range []int{0, 100 << 10, len(content)} {
+		crashAnywhere(t, func() *memDisk {
+			disk := newMemDisk()
+			d := &Dir{path: "archive", disk: disk}
+			err := d.Bind(crashIdentity, Origin{Timeline: 1, LSN: crashBegin, Source: "slot", Time: time.Unix(1e9, 0)})
+			if plain > 0 {
+				f, ferr := createFile(disk, packedSegment.Name()+partialSuffix, int64(crashSegment), 0o600)
+				if ferr != nil {
+					t.Fatal(ferr)
+				}
+				_, ferr = f.WriteAt(content[:plain], 0)
+				err = errors.Join(err, ferr, f.Sync(), f.Close())
+			}
+			err = errors.Join(err, storeFile(disk, packedSegment.Name()+".lz4"+partialSuffix, pack(Compression{"lz4", 1}, content), 0o600, disk.Rename))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return disk
+		}, crashBegin, func(d *Dir, w *Writer) error {
+			if w.Durable() != end {
+				return fmt.Errorf("durable up to %s, want %s", w.Durable(), end)
+			}
+			if have := names(d.disk); have != packedSegment.Name()+partialSuffix+" "+metaName {
+				return fmt.Errorf("there are %s", have)
+			}
+			return nil
+		})
+	}
+}
+
+// What is sealed because of what came after it can end in a crash at any operation, too.
+func TestSealingWhatWasLeftIsSafeInACrashAnywhere(t *testing.T) {
+	g := pgtest.NewWAL(pgtest.WALConfig{SystemID: crashIdentity.SystemID, Size: crashSegment, Start: crashBegin})
+	g.FillTo(crashBegin + wal.LSN(crashSegment) - 20<<10)
+	g.Append(filler()[:crashSegment]) // into the third segment
+	g.FillTo(crashBegin + 3*wal.LSN(crashSegment))
+	segments := []wal.Segment{packedSegment, packedSegment.Next(), packedSegment.Next().Next()}
+	content := func(s wal.Segment) []byte { return g.Bytes(s.Start, s.End()) }
+	crashAnywhere(t, func() *memDisk {
+		disk := newMemDisk()
+		d := &Dir{path: "archive", disk: disk}
+		err := d.Bind(crashIdentity, Origin{Timeline: 1, LSN: crashBegin, Source: "slot", Time: time.Unix(1e9, 0)})
+		for i, s := range segments {
+			name := s.Name()
+			if i < 2 {
+				name += partialSuffix
+			}
+			err = errors.Join(err, storeFile(disk, name, content(s), 0o600, disk.Rename))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return disk
+	}, g.End(), func(d *Dir, w *Writer) error {
+		disk := d.disk.(*memDisk)
+		for _, s := range segments {
+			if i := disk.durable[s.Name()]; i == nil || !has(i.disk, 0, content(s)) {
+				return fmt.Errorf("%s is not sealed, or not what the server has: there are %s", s, names(disk))
+			}
+		}
+		return nil
+	})
 }

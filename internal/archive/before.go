@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"slices"
 
@@ -34,32 +35,35 @@ func (w *Writer) walkerBefore(ctx context.Context, start wal.LSN, checkCRC bool)
 		}
 		inside = append(inside, s)
 		walker, err := s.walker(ctx, config)
-		if damaged := new(FileError); s.suffix != "" && errors.As(err, &damaged) {
-			w.damaged = damaged
-			return wal.NewWalker(config), nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		if walker == nil {
-			continue
-		}
-		for _, s := range slices.Backward(inside[:len(inside)-1]) {
-			if err := s.feed(ctx, walker, 0); err != nil {
-				return nil, err
+		if walker != nil {
+			for _, later := range slices.Backward(inside[:len(inside)-1]) {
+				if err = later.feed(ctx, walker, 0); err != nil {
+					s = later
+					break
+				}
 			}
 		}
-		return walker, nil
+		damaged := new(FileError)
+		switch {
+		case s.suffix != "" && errors.As(err, &damaged):
+			w.unsound = damaged
+			return wal.NewWalker(config), nil
+		case err != nil:
+			return nil, err
+		case walker != nil:
+			return walker, nil
+		}
 	}
 }
 
-// Damaged is what was found wrong with a compressed segment, when that was read for
-// how the WAL goes on; nil: nothing. What comes after it is archived all the same.
-func (w *Writer) Damaged() error {
-	if w.damaged == nil {
+// Unsound is what was found wrong before the place where the Writer goes on, in a
+// file that does not stop it from doing so: a compressed segment that cannot be read,
+// or a partial file that is not sealed although later ones are; nil: nothing.
+func (w *Writer) Unsound() error {
+	if w.unsound == nil {
 		return nil
 	}
-	return w.damaged
+	return w.unsound
 }
 
 // sealedFile is a sealed segment that is open for reading.
@@ -204,49 +208,76 @@ func (w *Writer) sealBefore(ctx context.Context) error {
 	return nil
 }
 
-// sealProven seals the partial files from first to last, with what is sealed after
-// them as the proof that they are complete.
+// sealProven seals the partial files from first to last, with what came after them
+// as the proof that they are complete. When they contradict each other that is an
+// error. When nothing speaks for them, or against, they stay as they are, and
+// Unsound names the first one; so they do while the record that goes on after them
+// has not come to its end.
 func (w *Writer) sealProven(ctx context.Context, first, last wal.Segment) error {
 	walker, err := w.walkerBefore(ctx, first.Start, true)
 	if err != nil {
 		return err
 	}
-	var files []*segment
-	defer func() {
-		for _, s := range files {
-			s.file.Close()
+	path := w.dir.pathOf(first.Name() + partialSuffix)
+	corrupt := new(wal.CorruptError)
+	for s := first; err == nil && walker.Boundary() < last.End(); s = s.Next() {
+		var partial bool
+		partial, err = w.proceed(ctx, walker, s, s.Start <= last.Start)
+		if walker.Boundary() >= last.End() {
+			err = nil // what comes after the record is not asked about
+		} else if s.Start > last.Start && partial && (errors.Is(err, fs.ErrNotExist) || errors.As(err, &corrupt)) { // the end of what it has
+			w.unsound = &FileError{path, fmt.Sprintf("stays partial, although %s is sealed, until the record that goes on after that has come as a whole", last.Next().Name())}
+			return nil
 		}
-	}()
-	for s := first; s.Start <= last.Start && err == nil; s = s.Next() {
-		f, ferr := w.openPartial(s)
-		if ferr != nil {
-			return ferr
-		}
-		files = append(files, &segment{Segment: s, file: f})
-		if err := settle(w.dir.disk, f); err != nil {
-			w.dir.distrust(s.Name() + partialSuffix)
-			return err
-		}
-		err = feed(ctx, walker, from(f, 0), int64(s.Size))
-	}
-	for next := last.Next(); err == nil && walker.Boundary() < last.End(); next = next.Next() {
-		var after *sealedFile
-		if after, err = w.dir.openSealed(next); err == nil {
-			err = errors.Join(after.feed(ctx, walker, 0), after.file.Close())
-		}
-	}
-	if err != nil && (isDiskError(err) && !errors.Is(err, fs.ErrNotExist) || ctx.Err() != nil) {
-		return err
 	}
 	abandoned, _ := walker.Abandoned() // whose bytes no CRC speaks for
-	if walker.Boundary() < last.End() || walker.ProvenFrom() > first.Start || abandoned != 0 && abandoned < last.End() {
-		return &FileError{w.dir.pathOf(first.Name() + partialSuffix), fmt.Sprintf("cannot be proven to be complete, although %s is sealed (%v): "+
-			"compare it with the server's, or move away it and what comes after it, and the server sends that again, if it still has it", last.Next().Name(), err)}
+	switch {
+	case err != nil && !errors.As(err, &corrupt) && !errors.As(err, new(*FileError)):
+		return err
+	case err != nil || abandoned != 0 && abandoned < last.End():
+		if err == nil {
+			err = fmt.Errorf("the server gave up the record at %s", abandoned)
+		}
+		return &FileError{path, fmt.Sprintf("is not complete, although %s is sealed: %v; move it away if it is left over from before, "+
+			"else what comes after it too, and the server sends that again, if it still has it", last.Next().Name(), err)}
+	case walker.ProvenFrom() > first.Start:
+		w.unsound = &FileError{path, fmt.Sprintf("stays partial, although %s is sealed: it begins inside a record whose beginning cannot be read here, "+
+			"so that nothing proves its first bytes; compare it with the server's", last.Next().Name())}
+		return nil
 	}
-	for _, s := range files {
+	for s := first; s.Start <= last.Start; s = s.Next() {
 		if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {
 			return fmt.Errorf("sealing %s: %w", s.Name(), err)
 		}
 	}
 	return w.dir.disk.Sync()
+}
+
+// proceed gives the walker a segment: its partial file, settled, where unsealed says
+// that it is that, or no sealed one is there. It tells which one it was.
+func (w *Writer) proceed(ctx context.Context, walker *wal.Walker, s wal.Segment, unsealed bool) (partial bool, err error) {
+	if !unsealed {
+		sealed, err := w.dir.openSealed(s)
+		if err == nil {
+			return false, errors.Join(sealed.feed(ctx, walker, 0), sealed.file.Close())
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return false, err
+		}
+	}
+	name := s.Name() + partialSuffix
+	f, err := w.dir.disk.OpenWrite(name)
+	if err != nil {
+		return true, err
+	}
+	defer f.Close()
+	if err := settle(w.dir.disk, f); err != nil {
+		w.dir.distrust(name)
+		return true, err
+	}
+	err = feed(ctx, walker, from(f, 0), int64(s.Size))
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = &FileError{w.dir.pathOf(name), "is too short"}
+	}
+	return true, err
 }

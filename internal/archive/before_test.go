@@ -155,7 +155,7 @@ func TestDamagedCompressedSegmentIsNamedAndGoneOnFrom(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s %s: %v", suffix, what, err)
 			}
-			if err := w.Damaged(); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name(1, 0)+suffix)) {
+			if err := w.Unsound(); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name(1, 0)+suffix)) {
 				t.Errorf("%s %s: %v; want an error that names the file", suffix, what, err)
 			}
 			write(t, w, g, 10_000, g.End())
@@ -372,15 +372,24 @@ func segmentOf(g *pgtest.WAL, n int, end wal.LSN) []byte {
 	return content
 }
 
+// insideWAL begins before begin: there a record goes on into the archive's first segment. Another one crosses the end
+// of that.
+func insideWAL() *pgtest.WAL {
+	g := pgtest.NewWAL(pgtest.WALConfig{SystemID: systemID, Size: mb, Start: begin - mb})
+	g.FillTo(begin - 20<<10)
+	g.Append(bytes.Repeat([]byte("into"), 20<<10))
+	g.FillTo(begin + mb - 20<<10)
+	g.Append(bytes.Repeat([]byte("over"), 20<<10))
+	for g.End() < begin+mb+300<<10 {
+		g.Append(bytes.Repeat([]byte{7}, 4000))
+	}
+	return g
+}
+
 // What may have been acknowledged stays, for a first segment that has not been compared yet, and for records behind
 // one that the server gave up.
 func TestTrimRemovesNothingThatMayHaveBeenAcknowledged(t *testing.T) {
-	inside := pgtest.NewWAL(pgtest.WALConfig{SystemID: systemID, Size: mb, Start: begin - mb})
-	inside.FillTo(begin - 20<<10)
-	inside.Append(bytes.Repeat([]byte("into"), 20<<10))
-	for inside.End() < begin+mb+300<<10 {
-		inside.Append(bytes.Repeat([]byte{7}, 4000))
-	}
+	inside := insideWAL()
 	given := walTo(begin + mb - 20000)
 	given.Abort(bytes.Repeat([]byte("torn"), 20000), 6)
 	for given.End() < begin+mb+300<<10 {
@@ -428,5 +437,86 @@ func TestSegmentThatEndsInARecordThatWasGivenUpIsNotSealedUnread(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(d.Path(), name(1, 0))); err == nil {
 		t.Error("it was sealed")
+	}
+}
+
+// A first segment that begins inside a record has bytes that no CRC speaks for. Nor does anything speak for what comes
+// after a compressed segment that cannot be read. It is not sealed then, and the archive goes on all the same.
+func TestSegmentThatCannotBeProvenStaysPartialAndIsNamed(t *testing.T) {
+	for _, damaged := range []bool{false, true} {
+		g, n := insideWAL(), 0
+		if damaged {
+			g, n = walTo(begin+mb-20<<10), 1
+			g.Append(bytes.Repeat([]byte("into"), 20<<10))
+			g.FillTo(begin + 2*mb - 20<<10)
+			g.Append(bytes.Repeat([]byte("over"), 20<<10))
+		}
+		end := begin + wal.LSN(n+2)*mb
+		g.FillTo(end)
+		d := open(t, t.TempDir())
+		if damaged {
+			put(t, d.Path(), name(1, 0)+".gz", compressed(t, ".gz", segmentOf(g, 0, end))[:5000])
+		}
+		put(t, d.Path(), name1(n), segmentOf(g, n, end))
+		put(t, d.Path(), name(1, n+1), segmentOf(g, n+1, end))
+		w, err := d.OpenWriter(context.Background(), identity, 1, end)
+		if err != nil {
+			t.Fatalf("damaged %v: %v", damaged, err)
+		}
+		if err := w.Unsound(); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name1(n))) {
+			t.Errorf("damaged %v: %v; want an error that names the file", damaged, err)
+		}
+		if _, err := os.Stat(filepath.Join(d.Path(), name1(n))); err != nil {
+			t.Errorf("damaged %v: %v", damaged, err)
+		}
+		g.Append(make([]byte, 5000))
+		write(t, w, g, 1000, g.End())
+		flush(t, w)
+		w.Close()
+	}
+}
+
+// The record that crosses the sealed segment, too, ends in the partial file after that, or has not ended yet.
+func TestSegmentIsSealedOnceTheRecordThatGoesOnAfterItHasEnded(t *testing.T) {
+	g := walTo(begin + mb - 20<<10)
+	_, recordEnd := g.Append(bytes.Repeat([]byte("long"), (mb+200<<10)/4))
+	for g.End() < begin+2*mb+600<<10 {
+		g.Append(bytes.Repeat([]byte{3}, 4000))
+	}
+	d := open(t, t.TempDir())
+	put(t, d.Path(), name1(0), segmentOf(g, 0, g.End()))
+	put(t, d.Path(), name(1, 1), segmentOf(g, 1, g.End()))
+	exists := func(name string) bool {
+		_, err := os.Stat(filepath.Join(d.Path(), name))
+		return err == nil
+	}
+	for _, end := range []wal.LSN{begin + 2*mb, recordEnd - 8, g.End()} {
+		if end > begin+2*mb {
+			put(t, d.Path(), name1(2), segmentOf(g, 2, end))
+		}
+		w, err := d.OpenWriter(context.Background(), identity, 1, begin+2*mb)
+		if err != nil {
+			t.Fatalf("up to %s: %v", end, err)
+		}
+		if whole := end == g.End(); exists(name(1, 0)) != whole || exists(name1(0)) == whole || (w.Unsound() == nil) != whole {
+			t.Errorf("up to %s: %v, %v", end, slices.Sorted(maps.Keys(files(t, d.Path()))), w.Unsound())
+		}
+		w.Close()
+	}
+	wantContent(t, d.Path(), g, begin+mb, g.End())
+}
+
+// A file that has nothing is no segment, and the only sign of one that is missing.
+func TestEmptyPartialBehindASealedSegmentIsNamedAndStays(t *testing.T) {
+	d, _, end := leftBehind(t, "")
+	put(t, d.Path(), name1(1), nil)
+	before := files(t, d.Path())
+	for range 2 {
+		if _, err := d.OpenWriter(context.Background(), identity, 1, end); !isFileError(err) || !bytes.Contains([]byte(err.Error()), []byte(name1(1))) {
+			t.Errorf("%v; want an error that names the file", err)
+		}
+	}
+	if after := files(t, d.Path()); !maps.Equal(before, after) {
+		t.Errorf("files were changed: %v, then %v", before, after)
 	}
 }

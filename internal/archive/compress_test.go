@@ -119,19 +119,21 @@ func TestPlainSegmentStaysWhenTheCompressedOneReadsBackOtherwise(t *testing.T) {
 	}
 }
 
+// pack compresses p into memory.
+func pack(c Compression, p []byte) []byte {
+	var buf bytes.Buffer
+	z, err := compressTo(&buf, c)
+	if err == nil {
+		_, err = z.Write(p)
+	}
+	if err = errors.Join(err, z.Close()); err != nil {
+		panic(err)
+	}
+	return buf.Bytes()
+}
+
 // A compressed file that is there already is nothing that may be lost, and nothing to rely on.
 func TestCompressedFileThatIsThereIsComparedAndNeverReplaced(t *testing.T) {
-	pack := func(c Compression, p []byte) []byte {
-		var buf bytes.Buffer
-		z, err := compressTo(&buf, c)
-		if err == nil {
-			_, err = z.Write(p)
-		}
-		if err = errors.Join(err, z.Close()); err != nil {
-			t.Fatal(err)
-		}
-		return buf.Bytes()
-	}
 	content := segmentContent()
 	other := bytes.Clone(content)
 	other[len(other)-1] ^= 1

@@ -284,6 +284,9 @@ func (v *run) trouble(end wal.LSN) error {
 		return cmpErr(v.flush(end), errAgain)
 	case 2:
 		err := v.flush(end)
+		if err == nil {
+			err = v.w.Trim()
+		}
 		v.dropWriter()
 		v.dir = nil
 		return cmpErr(err, errAgain)
@@ -563,7 +566,8 @@ func (v *run) checkNames(complete wal.LSN) error {
 	return nil
 }
 
-// place puts the files of a pg_receivewal there, which has synced none of them as far as is known.
+// place puts the files of a pg_receivewal there, which has synced none of them as far as is known. Where the plan
+// compresses, it has too; some are of one that was killed while it filled its last file with zeros.
 func (v *run) place() error {
 	e := &v.epochs[0]
 	for at := crashSegment.Start(v.origin); at < e.end; at += wal.LSN(crashSegment) {
@@ -572,12 +576,27 @@ func (v *run) place() error {
 		if s.End() > v.lines[1].complete || s.End() > e.end {
 			name += partialSuffix
 		}
+		content, size := e.bytes(at, min(s.End(), e.end)), int64(crashSegment)
+		suffix := v.compress.suffix()
+		switch {
+		case suffix == ".zst": // not known to it
+		case suffix != "":
+			base, partial := strings.CutSuffix(name, partialSuffix)
+			name = base + suffix
+			if partial {
+				name += partialSuffix
+			}
+			content = pack(v.compress, content)
+			size = int64(len(content))
+		case s.End() > e.end && v.seed%2 == 0:
+			size = int64(len(content))
+		}
 		f, err := v.disk.Create(name, fs.FileMode(0o600))
 		if err != nil {
 			return err
 		}
-		_, err = f.WriteAt(e.bytes(at, min(s.End(), e.end)), 0)
-		if err := errors.Join(err, f.Allocate(int64(crashSegment)), f.Close()); err != nil {
+		_, err = f.WriteAt(content, 0)
+		if err := errors.Join(err, f.Allocate(size), f.Close()); err != nil {
 			return err
 		}
 	}

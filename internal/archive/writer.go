@@ -82,7 +82,7 @@ type Writer struct {
 	// before says that the walker has seen the record before start. chained is
 	// false while nothing shows yet that a connection's WAL continues the archive.
 	before, chained bool
-	damaged         *FileError // a compressed segment before start; nil: none is
+	unsound         *FileError // before start; nil: nothing is
 }
 
 // segment is a .partial file that is open.
