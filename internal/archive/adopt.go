@@ -62,7 +62,7 @@ func (w *Writer) adoptFile(ctx context.Context, s wal.Segment, name, suffix stri
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.DropCache(), f.Close()); err != nil {
+	if err := f.Close(); err != nil {
 		return err
 	}
 	got, err := w.completeUpTo(ctx, s, plain+tempSuffix)

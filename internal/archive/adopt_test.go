@@ -254,3 +254,50 @@ func TestSealingWhatWasLeftIsSafeInACrashAnywhere(t *testing.T) {
 		return nil
 	})
 }
+
+// A sync that failed may have lost what the page cache still shows, and the next one succeeds. Nothing is sealed on the
+// page cache's word.
+func TestWhatWasLeftIsNotSealedFromALyingPageCache(t *testing.T) {
+	g := pgtest.NewWAL(pgtest.WALConfig{SystemID: crashIdentity.SystemID, Size: crashSegment, Start: crashBegin})
+	g.FillTo(crashBegin + wal.LSN(crashSegment) - 20<<10)
+	g.Append(filler()[:100<<10])
+	g.FillTo(crashBegin + 2*wal.LSN(crashSegment))
+	next := packedSegment.Next()
+	lies := 0
+	for seed := range uint64(30) {
+		disk := newMemDisk()
+		d := &Dir{path: "archive", disk: disk}
+		if err := d.Bind(crashIdentity, Origin{Timeline: 1, LSN: crashBegin, Source: "slot", Time: time.Unix(1e9, 0)}); err != nil {
+			t.Fatal(err)
+		}
+		if err := storeFile(disk, next.Name(), g.Bytes(next.Start, next.End()), 0o600, disk.Rename); err != nil {
+			t.Fatal(err)
+		}
+		f, err := createFile(disk, packedSegment.Name()+partialSuffix, int64(crashSegment), 0o600)
+		if err == nil {
+			_, err = f.WriteAt(g.Bytes(packedSegment.Start, packedSegment.End()), 0)
+		}
+		if err = errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		disk.faults = &memFaults{r: rand.New(rand.NewPCG(seed, 3)), first: disk.ops + 1, last: disk.ops + 1, errno: syscall.EIO}
+		if err := d.load(); err == nil || disk.faults.hit != 1 {
+			t.Fatalf("%v, %d operations failed", err, disk.faults.hit)
+		}
+		if err := d.load(); err != nil {
+			t.Fatal(err)
+		}
+		w, err := d.OpenWriter(t.Context(), crashIdentity, 1, g.End())
+		if err == nil {
+			w.Close()
+		} else {
+			lies++
+		}
+		if i := disk.durable[packedSegment.Name()]; (i != nil) != (err == nil) || i != nil && !has(i.disk, 0, g.Bytes(packedSegment.Start, packedSegment.End())) {
+			t.Fatalf("seed %d: %v; sealed: %v, and it is not what the server has", seed, err, i != nil)
+		}
+	}
+	if lies == 0 {
+		t.Error("the page cache never lied")
+	}
+}
