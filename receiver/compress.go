@@ -20,8 +20,9 @@ const compressRetry = time.Minute
 
 // compressing is the goroutine that compresses an open archive's sealed segments,
 // beside the one that receives. While that catches up it waits: both write to the
-// same disk, and what is not received yet is only on the server. It lists the directory when it starts, so that it
-// goes on where an earlier process ended, and after trouble.
+// same disk, and what is not received yet is only on the server. It lists the
+// directory when it starts, so that it goes on where an earlier process ended, and
+// after trouble.
 type compressing struct {
 	stop context.CancelFunc
 	done chan struct{}
@@ -83,35 +84,37 @@ func (r *Receiver) stopCompressing() {
 func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.SegmentSize, c *compressing) {
 	hopeless := map[wal.Segment]bool{}
 	reported := ""
-	segments, err := dir.Plain(size)
+	var retry <-chan time.Time // of what failed; nil: nothing did
+	list := true
 	for {
-		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless, true))
-		if ctx.Err() != nil {
-			return
-		}
-		var again <-chan time.Time
-		news := ""
-		if err != nil {
-			again, news = time.After(compressRetry), err.Error()
-		}
-		if news != "" && news != reported {
-			r.log.Warn("a sealed segment stays as it is, not compressed", "error", err)
-		}
-		reported = news
-		list := err != nil // there is older work
-		select {
-		case <-ctx.Done():
-			return
-		case <-again:
-		case <-c.wake:
-		}
 		c.mu.Lock()
+		segments, err := c.sealed, error(nil)
 		list = list || c.list
-		segments, err = c.sealed, nil
 		c.sealed, c.list = nil, false
 		c.mu.Unlock()
 		if list {
 			segments, err = dir.Plain(size)
+		}
+		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless, true))
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil && err.Error() != reported:
+			reported = err.Error()
+			r.log.Warn("a sealed segment stays as it is, not compressed", "error", err)
+		case err == nil && list:
+			reported = ""
+		}
+		if err != nil && retry == nil {
+			retry = time.After(compressRetry)
+		}
+		list = false
+		select {
+		case <-ctx.Done():
+			return
+		case <-retry:
+			retry, list = nil, true
+		case <-c.wake:
 		}
 	}
 }

@@ -319,3 +319,37 @@ func TestCompressingMakesRoomForABlockedReceiver(t *testing.T) {
 		g.wantPacked(0, 2)
 	})
 }
+
+// A segment that fails is tried again after a while, and not whenever another one is sealed: that could be a gigabyte
+// to read each time.
+func TestFailedCompressionIsTriedAgainAfterAWhile(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.start()
+		g.appendTo(origin + mb + 5000)
+		g.sleep(time.Second)
+		g.stop()
+		inTheWay := filepath.Join(g.cfg.Dir, g.name(1, 0)+".gz") // no error about what a file has
+		if err := os.Mkdir(inTheWay, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		g.cfg.Compress = archive.Compression{Method: "gzip", Level: 1}
+		g.start()
+		g.sleep(10 * time.Second)
+		g.appendTo(origin + 2*mb + 5000)
+		g.sleep(time.Second)
+		g.wantPacked(1, 1)
+		g.sleep(3 * compressRetry)
+		g.wantPacked(1, 1)
+		if n := strings.Count(g.logs.String(), "not compressed"); n != 1 {
+			t.Errorf("told %d times:\n%s", n, g.logs.last(10))
+		}
+		if err := os.Remove(inTheWay); err != nil {
+			t.Fatal(err)
+		}
+		g.appendTo(origin + 3*mb + 5000)
+		g.sleep(time.Second)
+		g.wantPacked(1, 2)
+		g.sleep(compressRetry)
+		g.wantPacked(0, 3)
+	})
+}

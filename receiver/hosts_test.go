@@ -5,6 +5,7 @@ import (
 	"context"
 	"maps"
 	"net"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -372,6 +373,35 @@ func TestTwoHostsThatDivergedHaltOnce(t *testing.T) {
 		}
 		if n := g.logs.count("level=ERROR"); n != 1 {
 			t.Errorf("told %d times in 5 minutes; states %v", n, states)
+		}
+	})
+}
+
+// Leaving a host is no stop: the writer goes on with the next one, also inside a record that crosses a segment's end.
+func TestHostIsLeftInsideARecordThatCrossesASegmentsEnd(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.cfg.Conninfo = "host=old,new user=archiver sslmode=disable"
+		g.appendTo(origin + mb - 3000)
+		_, end := g.wal.Append(bytes.Repeat([]byte{7}, 50_000))
+		g.publishTo(1, end-8)
+		old := pgtest.NewServer(g, pgtest.State{SystemID: systemID, Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}})
+		old.Do(func(s *pgtest.State) {
+			s.Publish(g.wal)
+			s.WALEnd = end - 8
+		})
+		g.hosts(map[string]*pgtest.Server{"old": old})
+		g.start()
+		g.sleep(time.Second)
+		g.wantHost("old:5432")
+		writer := g.r.writer
+		g.publish(1)
+		g.append(3, 700)
+		g.hosts(map[string]*pgtest.Server{"old": old, "new": g.srv})
+		g.sleep(2*hostInterval + 5*time.Second)
+		g.wantArchived()
+		g.wantHost("new:5432")
+		if strings.Contains(g.logs.String(), "internal error") || g.r.writer != writer {
+			t.Errorf("the archive was opened again:\n%s", g.logs.last(12))
 		}
 	})
 }

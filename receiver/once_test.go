@@ -261,3 +261,26 @@ func TestRunOnceReleasesTheDirectoryThatAPersonHasToSee(t *testing.T) {
 		g.closeOnce()
 	})
 }
+
+// What a stop inside a record that crosses a segment's end leaves is one segment to go on with, whoever does.
+func TestRunOnceGoesOnAfterAStopInsideACrossingRecord(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.appendTo(origin + mb - 3000)
+		_, end := g.wal.Append(bytes.Repeat([]byte{7}, 50_000))
+		g.publishTo(1, end-8)
+		g.once()
+		g.sleep(time.Second)
+		g.wantFiles(g.name(1, 0)+".partial", g.name(1, 1)+".partial")
+		g.cancel()
+		g.wantEnded("")
+		g.wantFiles(g.name(1, 0) + ".partial")
+		g.publish(1)
+		g.once()
+		g.sleep(time.Second)
+		g.wantArchived()
+		g.wantFiles(g.name(1, 0), g.name(1, 1)+".partial")
+		g.cancel()
+		g.wantEnded("")
+		g.closeOnce()
+	})
+}

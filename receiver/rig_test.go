@@ -349,6 +349,9 @@ func (g *rig) files() map[string]string {
 		g.Error(err)
 	}
 	for _, e := range entries {
+		if e.IsDir() {
+			continue // a test's own
+		}
 		data, err := os.ReadFile(filepath.Join(g.cfg.Dir, e.Name()))
 		if err != nil {
 			g.Error(err)

@@ -71,14 +71,14 @@ func (r *Receiver) Status() Status {
 // setState publishes a transition. Since moves only when the state changes.
 func (r *Receiver) setState(state State, reason string) {
 	s := *r.state.Load()
-	changed := s.State != state
-	if changed {
+	old := s.State
+	if old != state {
 		s.Since = time.Now()
 	}
 	s.State, s.Reason = state, reason
 	r.state.Store(&s)
-	if changed {
-		r.compressLater(nil, true) // it may have waited for this
+	if old == CatchingUp && state != old {
+		r.compressLater(nil, true) // it has waited for this
 	}
 }
 
