@@ -3,7 +3,6 @@ package integration
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -16,9 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
 	"github.com/moby/moby/client"
-	"github.com/pierrec/lz4/v4"
 	"github.com/testcontainers/testcontainers-go"
 
 	"github.com/walfleet/walfleet/internal/wal"
@@ -307,7 +304,16 @@ func decompress(t testing.TB, dir string, size wal.SegmentSize) (segments []stor
 		}
 		data := readFile(t, file)
 		if suffix != "" {
-			if data, err = expand(suffix, data); err != nil {
+			open := decompressors["."+suffix]
+			if open == nil {
+				t.Errorf("%s: an unknown suffix", entry.Name())
+				continue
+			}
+			r, err := open(bytes.NewReader(data))
+			if err == nil {
+				data, err = io.ReadAll(r)
+			}
+			if err != nil {
 				t.Errorf("%s: %v", entry.Name(), err)
 				continue
 			}
@@ -325,23 +331,4 @@ func decompress(t testing.TB, dir string, size wal.SegmentSize) (segments []stor
 	}
 	slices.SortFunc(segments, func(a, b stored) int { return strings.Compare(a.path, b.path) })
 	return segments
-}
-
-func expand(suffix string, data []byte) ([]byte, error) {
-	var r io.Reader
-	var err error
-	switch in := bytes.NewReader(data); suffix {
-	case "gz":
-		r, err = gzip.NewReader(in)
-	case "lz4":
-		r = lz4.NewReader(in)
-	case "zst":
-		r, err = zstd.NewReader(in)
-	default:
-		err = errors.New("an unknown suffix")
-	}
-	if err != nil {
-		return nil, err
-	}
-	return io.ReadAll(r)
 }

@@ -1,7 +1,6 @@
 package archive
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -67,7 +66,7 @@ func (w *Writer) adoptFile(ctx context.Context, s wal.Segment, name, suffix stri
 	}
 	got, err := w.completeUpTo(ctx, s, plain+tempSuffix)
 	if err == nil && have > s.Start {
-		err = w.sameUpTo(plain, plain+tempSuffix, int64(min(have, got)-s.Start))
+		err = w.sameUpTo(ctx, plain, plain+tempSuffix, int64(min(have, got)-s.Start))
 	}
 	if err == nil && have < got && got > s.Start {
 		delete(w.dir.distrusted, plain)
@@ -99,7 +98,7 @@ func (w *Writer) durableUpTo(ctx context.Context, s wal.Segment, name string) (w
 }
 
 // sameUpTo makes sure that the first n bytes of two files are the same.
-func (w *Writer) sameUpTo(plain, other string, n int64) error {
+func (w *Writer) sameUpTo(ctx context.Context, plain, other string, n int64) error {
 	a, err := w.dir.disk.Open(plain)
 	if err != nil {
 		return err
@@ -110,20 +109,10 @@ func (w *Writer) sameUpTo(plain, other string, n int64) error {
 		return err
 	}
 	defer b.Close()
-	var x, y [64 << 10]byte
-	for at := int64(0); at < n; at += int64(len(x)) {
-		length := min(int64(len(x)), n-at)
-		if _, err := a.ReadAt(x[:length], at); err != nil {
-			return err
-		}
-		if _, err := b.ReadAt(y[:length], at); err != nil {
-			return err
-		}
-		if !bytes.Equal(x[:length], y[:length]) {
-			return &FileError{w.dir.pathOf(plain), "has other WAL than the compressed one; move away the one of the two that is not this cluster's"}
-		}
+	if at, err := firstDifference(from(a, 0), readerOf(ctx, b), n); err != nil || at < 0 {
+		return err
 	}
-	return nil
+	return &FileError{w.dir.pathOf(plain), "has other WAL than the compressed one; move away the one of the two that is not this cluster's"}
 }
 
 // completeUpTo is where the last complete record ends that a file of a segment

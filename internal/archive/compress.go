@@ -140,26 +140,38 @@ func compareWith(ctx context.Context, f file, suffix string, plain file, s wal.S
 		return fmt.Errorf("reading the compressed file back: %w", err)
 	}
 	defer z.Close()
-	got, want := make([]byte, copyBuffer), make([]byte, copyBuffer)
-	for at := int64(0); at < int64(s.Size); at += copyBuffer {
-		if _, err := io.ReadFull(z, got); err != nil {
-			return fmt.Errorf("reading the compressed file back at offset %d of the segment: %w", at, err)
-		}
-		if _, err := plain.ReadAt(want, at); err != nil {
-			return err
-		}
-		if !bytes.Equal(got, want) {
-			return fmt.Errorf("the compressed file has other bytes at offset %d of the segment", at)
-		}
+	at, err := firstDifference(from(plain, 0), z, int64(s.Size))
+	if err != nil {
+		return fmt.Errorf("reading the compressed file back: %w", err)
 	}
-	if n, err := io.ReadFull(z, got[:1]); n > 0 || err != io.EOF { // the end is where checksums are
+	if at >= 0 {
+		return fmt.Errorf("the compressed file has other bytes at offset %d of the segment", at)
+	}
+	if n, err := io.ReadFull(z, make([]byte, 1)); n > 0 || err != io.EOF { // the end is where checksums are
 		return fmt.Errorf("reading the compressed file's end back: %d bytes more, %w", n, err)
 	}
 	return nil
 }
 
-// copyBuffer divides every segment's size.
-const copyBuffer = 64 << 10
+// firstDifference is about where the next n bytes of two readers differ; below 0:
+// they do not. Readers that have less are an error.
+func firstDifference(a, b io.Reader, n int64) (int64, error) {
+	x, y := make([]byte, copyBuffer), make([]byte, copyBuffer)
+	for at := int64(0); at < n; at += copyBuffer {
+		length := min(copyBuffer, n-at)
+		_, err1 := io.ReadFull(a, x[:length])
+		_, err2 := io.ReadFull(b, y[:length])
+		if err := errors.Join(err1, err2); err != nil {
+			return 0, fmt.Errorf("at offset %d: %w", at, err)
+		}
+		if !bytes.Equal(x[:length], y[:length]) {
+			return at, nil
+		}
+	}
+	return -1, nil
+}
+
+const copyBuffer = 64 << 10 // bytes
 
 // readerOf reads a file from its beginning until ctx is done.
 func readerOf(ctx context.Context, f file) io.Reader {
