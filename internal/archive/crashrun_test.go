@@ -522,7 +522,11 @@ func (v *run) checkEnd() error {
 		return err
 	}
 	v.dir = &Dir{path: "archive", disk: v.disk}
-	if err := v.dir.load(); err != nil {
+	err := v.dir.load()
+	for tries := 0; err != nil && isDiskError(err) && v.disk.faults != nil && tries < 100; tries++ { // as a session does
+		err = v.dir.load()
+	}
+	if err != nil {
 		return err
 	}
 	if err := v.checkMeta(); err != nil {
