@@ -99,14 +99,17 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 		switch {
 		case ctx.Err() != nil:
 			return
-		case err != nil && err.Error() != reported:
-			reported = err.Error()
-			r.log.Warn("a sealed segment stays as it is, not compressed", "error", err)
+		case errors.Is(err, errCatchingUp): // whose end wakes it
 		case err == nil && list:
 			reported = ""
-		}
-		if err != nil && retry == nil {
-			retry = time.After(compressRetry)
+		case err != nil:
+			if err.Error() != reported {
+				reported = err.Error()
+				r.log.Warn("a sealed segment stays as it is, not compressed", "error", err)
+			}
+			if retry == nil {
+				retry = time.After(compressRetry)
+			}
 		}
 		list = false
 		select {
@@ -119,12 +122,16 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 	}
 }
 
-// errNoRoom says that a segment is not compressed for want of room.
-var errNoRoom = errors.New("no room to compress")
+var (
+	// errNoRoom says that a segment is not compressed for want of room.
+	errNoRoom = errors.New("no room to compress")
+	// errCatchingUp says that segments are left for later.
+	errCatchingUp = errors.New("the receiver catches up")
+)
 
 // compressAll compresses segments. Those that need a person become hopeless, and
-// are left out from then on. Where it yields, it leaves off once the receiver
-// catches up: the end of that wakes it.
+// are left out from then on. Where it yields, it leaves off with errCatchingUp once
+// the receiver does that.
 func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool, yields bool) error {
 	var errs []error
 	for _, s := range segments {
@@ -132,6 +139,7 @@ func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments [
 			continue
 		}
 		if yields && r.state.Load().State == CatchingUp {
+			errs = append(errs, errCatchingUp)
 			break
 		}
 		err := r.compressSegment(ctx, dir, s)
