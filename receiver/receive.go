@@ -135,6 +135,9 @@ func (s *stream) loop(ctx context.Context) error {
 		}
 		s.noteCaughtUp()
 		s.publish()
+		if err := s.prepare(); err != nil {
+			return err
+		}
 		// The deadline is given to the socket before ctx is looked at; an
 		// interruption after that ends the Receive.
 		deadline := s.deadline()
@@ -253,6 +256,18 @@ func (s *stream) flush() error {
 		return err
 	}
 	s.unsynced = 0
+	return nil
+}
+
+// prepare is for the commits to come, between two flushes.
+func (s *stream) prepare() error {
+	if !s.cfg.Synchronous || !s.caughtUp || s.unsynced > 0 {
+		return nil
+	}
+	if err := s.writer.Prepare(); err != nil {
+		s.dropWriter()
+		return err
+	}
 	return nil
 }
 

@@ -316,7 +316,14 @@ func (v *run) flush(end wal.LSN) error {
 			return err
 		}
 	}
-	return v.acknowledge(end)
+	if err := v.acknowledge(end); err != nil || v.calm || v.r.IntN(2) == 0 {
+		return err
+	}
+	if err := v.w.Prepare(); err != nil {
+		v.dropWriter()
+		return err
+	}
+	return nil
 }
 
 // compressSealed is what a receiver does beside all else: a fault of the disk is for the next time.

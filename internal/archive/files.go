@@ -40,6 +40,8 @@ type file interface {
 	Sync() error               // makes content and size durable
 	SyncData() error           // makes content durable; the size was settled before
 	DropCache() error          // makes later reads show what the disk has
+	WriteBack(offset, n int64) // begins to write to the disk, which promises nothing
+	Forget(n int64)            // the first n bytes are not needed in memory any more
 }
 
 // The durable sequences of this package stand here, each in one place.
@@ -259,9 +261,11 @@ func unsyncedOpen(f file, err error) (file, error) {
 	return unsyncedFile{f}, nil
 }
 
-func (unsyncedFile) Sync() error      { return nil }
-func (unsyncedFile) SyncData() error  { return nil }
-func (unsyncedFile) DropCache() error { return nil }
+func (unsyncedFile) Sync() error            { return nil }
+func (unsyncedFile) SyncData() error        { return nil }
+func (unsyncedFile) DropCache() error       { return nil }
+func (unsyncedFile) WriteBack(int64, int64) {}
+func (unsyncedFile) Forget(int64)           {}
 
 // SyncFailed tells whether err is of a sync that failed: what the disk has is not
 // known any more.

@@ -35,6 +35,15 @@ func (f osFile) DropCache() error {
 	return nil
 }
 
+// WriteBack is sync_file_range(2). Without its flags to wait it does not take the
+// error of a failed write from the fdatasync that follows.
+func (f osFile) WriteBack(offset, n int64) {
+	_ = unix.SyncFileRange(int(f.Fd()), offset, n, unix.SYNC_FILE_RANGE_WRITE)
+}
+
+// Forget lets go of whole pages that are clean; POSIX_FADV_DONTNEED again.
+func (f osFile) Forget(n int64) { _ = unix.Fadvise(int(f.Fd()), 0, n, unix.FADV_DONTNEED) }
+
 // SyncData is fdatasync(2).
 func (f osFile) SyncData() error {
 	for {

@@ -13,6 +13,10 @@ func (f osFile) Allocate(size int64) error { return f.Truncate(size) }
 
 func (osFile) DropCache() error { return nil }
 
+func (osFile) WriteBack(int64, int64) {}
+
+func (osFile) Forget(int64) {}
+
 func (f osFile) SyncData() error { return f.Sync() }
 
 func renameExclusive(string, string) error { return errors.ErrUnsupported }

@@ -90,7 +90,16 @@ type segment struct {
 	wal.Segment
 	file  file
 	dirty bool
+	begun int64 // up to where the disk was told to write, of what is dirty
+	bulk  bool  // it was told since the last flush
+	ahead int64 // up to where there are zeros that Prepare wrote
+	since int64 // where Prepare looked last, and
+	syncs int64 // how many flushes came since
 }
+
+// step is how much WAL is written until the disk is told to begin with it, and up
+// to how many zeros are written ahead.
+func (s *segment) step() int64 { return min(1<<20, int64(s.Size)/16) }
 
 // OpenWriter prepares to go on with timeline tli at start, the start of a
 // segment that is not sealed. What .partial files have from there on is synced,
@@ -392,10 +401,17 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 		if _, err := seg.file.WriteAt(p[:n], int64(w.written-seg.Start)); err != nil {
 			return fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.written, err)
 		}
-		seg.dirty = true
+		if !seg.dirty {
+			seg.dirty, seg.begun = true, int64(w.written-seg.Start)
+		}
 		w.written += wal.LSN(n)
 		w.pos = w.written
 		p = p[n:]
+		if end := int64(w.written - seg.Start); end-seg.begun >= seg.step() {
+			// A flush that finds all under way takes less long, and the disk does not wait for it.
+			seg.file.WriteBack(seg.begun, end-seg.begun)
+			seg.begun, seg.bulk = end, true
+		}
 	}
 	return nil
 }
@@ -574,6 +590,13 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
 		}
 		s.dirty = false
+		s.syncs++
+		if s.bulk {
+			// Pages that are used again at once cost less than new ones, and other
+			// programs keep theirs.
+			s.file.Forget(int64(min(w.written, s.End()) - s.Start))
+			s.bulk = false
+		}
 	}
 	for w.SealDue() {
 		s := w.open[0]
@@ -585,6 +608,39 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 	}
 	w.durable = max(w.start, w.walker.Boundary())
 	return sealed, nil
+}
+
+var zeroes [1 << 20]byte
+
+// smallFlush is how many bytes of WAL a flush must have at most, on average, to
+// gain more from zeros ahead than writing those costs.
+const smallFlush = 32 << 10
+
+// Prepare makes the small flushes that follow cheaper: it writes zeros behind all
+// that the current segment has, when few are left there and flushes were small. A
+// flush into blocks that were allocated but never written waits for the file
+// system's journal as well. The zeros need no flush: they are what the file reads
+// as without them.
+func (w *Writer) Prepare() error {
+	s := w.segmentAt(w.written)
+	if s == nil {
+		return nil
+	}
+	used := int64(max(w.written, w.torn) - s.Start)
+	if left := s.ahead - used; left > s.step()/8 || left <= 0 && used-s.since < s.step()/8 {
+		return nil // enough is left, or too little came to judge by
+	}
+	small := used-s.since <= s.syncs*smallFlush
+	s.since, s.syncs = used, 0
+	from, to := max(s.ahead, used), min(used+s.step(), int64(s.Size))
+	if !small || from >= to {
+		return nil
+	}
+	if _, err := s.file.WriteAt(zeroes[:to-from], from); err != nil {
+		return fmt.Errorf("writing zeros ahead of timeline %d, %s: %w", w.timeline, w.written, err)
+	}
+	s.ahead = to
+	return nil
 }
 
 // seal gives a full segment its final name.

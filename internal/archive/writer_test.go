@@ -93,6 +93,13 @@ func flush(t testing.TB, w *archive.Writer) []wal.Segment {
 	return sealed
 }
 
+func prepare(t testing.TB, w *archive.Writer) {
+	t.Helper()
+	if err := w.Prepare(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // complete is the end of the last record of g that ends at or before l.
 func complete(g *pgtest.WAL, l wal.LSN) wal.LSN {
 	last := begin
@@ -481,6 +488,26 @@ func TestSegmentThatIsThereIsNeverReplaced(t *testing.T) {
 		if data, err := os.ReadFile(file); string(data) != "foreign" {
 			t.Errorf("%s: it was replaced: %d bytes, %v", when, len(data), err)
 		}
+	}
+}
+
+// The zeros that are written ahead never take the place of WAL, and end with the segment.
+func TestZerosAheadTakeNothingAway(t *testing.T) {
+	for _, size := range []int{3000, 70 << 10, 3 * mb} {
+		g := walTo(begin + 2*mb + 5000)
+		path := t.TempDir()
+		d := open(t, path)
+		w := openTail(t, d)
+		prepare(t, w) // there is no segment yet
+		for w.Pos() < g.End() {
+			write(t, w, g, size, min(w.Pos()+wal.LSN(size), g.End()))
+			prepare(t, w)
+			flush(t, w)
+			prepare(t, w)
+		}
+		wantContent(t, path, g, g.End(), g.End())
+		prepare(t, openTail(t, d))
+		wantContent(t, path, g, g.End(), g.End())
 	}
 }
 
