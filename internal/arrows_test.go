@@ -22,7 +22,7 @@ var arrows = map[string][]string{
 	"internal/control": {"fleet"},
 	"internal/console": {"fleet"},
 	"internal/check":   {"fleet"},
-	"internal/demo":    {"fleet"},
+	"internal/demo":    {"fleet", "internal/postgres"},
 
 	"internal/receivewal": {"receiver"},
 
@@ -36,7 +36,10 @@ var arrows = map[string][]string{
 	"internal/archive": {"internal/wal"},
 	"internal/wal":     {},
 
-	// Tests, and what is there for them.
+	"internal/postgres": {},
+
+	// Tests, benchmarks, and what is there for them.
+	"bench":           {"internal/postgres", "internal/wal"},
 	"internal":        {},
 	"internal/pgtest": {"internal/wal"},
 	"integration":     {"cmd/walfleet", "internal/pgtest"},

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/walfleet/walfleet/fleet"
+	"github.com/walfleet/walfleet/internal/postgres"
 	"github.com/walfleet/walfleet/internal/wal"
 	"github.com/walfleet/walfleet/receiver"
 )
@@ -82,13 +83,17 @@ func interruption(ctx context.Context) error {
 	return fmt.Errorf("interrupted: %w", context.Cause(ctx))
 }
 
+// programs are what an installation must have beside the server: what creates
+// one, and the client that drives it.
+var programs = []string{"initdb", "psql"}
+
 type demo struct {
 	options Options
 	screen  *screen
 
 	// Where the servers come from: bin and owner, or an image.
-	bin   binaries
-	owner *owner
+	bin   postgres.Installation
+	owner *postgres.Owner
 	image image
 
 	dir      string
@@ -109,10 +114,9 @@ type cluster struct {
 func (d *demo) choose(ctx context.Context) (err error) {
 	image := cmp.Or(d.options.Image, os.Getenv("WALFLEET_DEMO_IMAGE"))
 	if image == "" {
-		dirs := append(binaryDirs("/", os.Getenv("PATH")), pgConfigDir(ctx))
-		if bin, ok := findBinaries(ctx, dirs); ok {
+		if bin, ok := postgres.Find(ctx, postgres.OldestMajor, programs...); ok {
 			d.bin = bin
-			d.owner, err = serverOwner()
+			d.owner, err = postgres.ServerOwner()
 			return err
 		}
 	}
@@ -171,7 +175,7 @@ func (d *demo) makeDirIn(parent string, need int64) error {
 	case free < need:
 		return fmt.Errorf("%s has %s free", parent, size(free))
 	case d.owner != nil && !passable(parent):
-		return fmt.Errorf("user %s, as whom the servers run because PostgreSQL refuses root, cannot get into %s", d.owner.name, parent)
+		return fmt.Errorf("user %s, as whom the servers run because PostgreSQL refuses root, cannot get into %s", d.owner.Name, parent)
 	}
 	dir, err := os.MkdirTemp(parent, "walfleet-demo-")
 	if err != nil {
@@ -205,9 +209,9 @@ compare the archive with the servers' own WAL. Half a minute; all of it is in %s
 func (d *demo) startServers(ctx context.Context) error {
 	from := fmt.Sprintf("with PostgreSQL %s in containers of %s", d.image.version, d.image.name)
 	if d.image.name == "" {
-		from = fmt.Sprintf("with PostgreSQL %s from %s", d.bin.version, d.bin.dir)
+		from = fmt.Sprintf("with PostgreSQL %s from %s", d.bin.Version, d.bin.Dir)
 		if d.owner != nil {
-			from += fmt.Sprintf(", as user %s because it refuses root", d.owner.name)
+			from += fmt.Sprintf(", as user %s because it refuses root", d.owner.Name)
 		}
 	}
 	d.screen.say("1. Start two primaries %s.", from)
@@ -215,7 +219,7 @@ func (d *demo) startServers(ctx context.Context) error {
 	d.password = newPassword()
 	var taken []int
 	for _, p := range []primary{{name: "pg-16mb", size: 16 << 20}, {name: "pg-1gb", size: 1 << 30}} {
-		port, err := freePort(taken...)
+		port, err := postgres.FreePort(taken...)
 		if err != nil {
 			return err
 		}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os/exec"
 	"strings"
+
+	"github.com/walfleet/walfleet/internal/postgres"
 )
 
 // image is a container image with a PostgreSQL server.
@@ -25,8 +27,8 @@ func findImage(ctx context.Context, asked string) (string, error) {
 	case err != nil && asked != "":
 		return "", fmt.Errorf("image %s: %w", asked, err)
 	case err != nil:
-		return "", fmt.Errorf("neither PostgreSQL %d or later (%s in one directory) nor Docker is usable here: %w; "+
-			"install one of them, for example with: apt install postgresql", oldestMajor, strings.Join(programs, ", "), err)
+		return "", fmt.Errorf("neither PostgreSQL %d or later (postgres, %s in one directory) nor Docker is usable here: %w; "+
+			"install one of them, for example with: apt install postgresql", postgres.OldestMajor, strings.Join(programs, ", "), err)
 	case asked != "":
 		return asked, nil
 	}
@@ -51,8 +53,8 @@ func inspectImage(ctx context.Context, name string) (image, error) {
 		return image{}, fmt.Errorf("image %s: %w", name, err)
 	}
 	i := image{name: name}
-	if i.version, i.major = parseVersion(out); i.major < oldestMajor {
-		return image{}, fmt.Errorf("image %s: PostgreSQL %d or later is needed, \"postgres --version\" says %q", name, oldestMajor, out)
+	if i.version, i.major = postgres.ParseVersion(out); i.major < postgres.OldestMajor {
+		return image{}, fmt.Errorf("image %s: PostgreSQL %d or later is needed, \"postgres --version\" says %q", name, postgres.OldestMajor, out)
 	}
 	return i, nil
 }

@@ -10,64 +10,28 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/walfleet/walfleet/internal/postgres"
 )
 
 // process is a server that is a child process.
 type process struct {
 	primary
-	bin   binaries
-	owner *owner // nil: this process's own user
+	bin   postgres.Installation
+	owner *postgres.Owner // nil: this process's own user
 
 	cmd    *exec.Cmd     // nil before the first start
 	exited chan struct{} // closed when the postmaster has ended
 }
 
-func newProcess(p primary, bin binaries, o *owner) *process {
+func newProcess(p primary, bin postgres.Installation, o *postgres.Owner) *process {
 	return &process{primary: p, bin: bin, owner: o}
-}
-
-// owner is the user that server processes run as.
-type owner struct {
-	name     string
-	uid, gid uint32
-}
-
-// serverOwner is nil unless this process is root's, as which PostgreSQL
-// refuses to run (check_root in main.c).
-func serverOwner() (*owner, error) {
-	if os.Geteuid() != 0 {
-		return nil, nil
-	}
-	var errs []error
-	for _, name := range []string{"postgres", "nobody"} {
-		u, err := user.Lookup(name)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		uid, err1 := strconv.ParseUint(u.Uid, 10, 32)
-		gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
-		if err := errors.Join(err1, err2); err != nil {
-			return nil, fmt.Errorf("user %s: %w", name, err)
-		}
-		return &owner{name: name, uid: uint32(uid), gid: uint32(gid)}, nil
-	}
-	return nil, fmt.Errorf("PostgreSQL does not run as root, and there is no other user for it: %w", errors.Join(errs...))
-}
-
-// give makes o the owner of path.
-func (o *owner) give(path string) error {
-	if o == nil {
-		return nil
-	}
-	return os.Chown(path, int(o.uid), int(o.gid))
 }
 
 // ownGroup keeps the terminal's Ctrl-C from a child: this process decides when
@@ -78,13 +42,11 @@ func ownGroup(cmd *exec.Cmd) {
 
 // command runs a program of the installation as the servers' user.
 func (p *process) command(program string, args ...string) *exec.Cmd {
-	cmd := exec.Command(p.bin.path(program), args...)
+	cmd := exec.Command(p.bin.Path(program), args...)
 	cmd.Env = p.environment()
 	cmd.Dir = p.dir // the servers' user may not be allowed in ours
 	ownGroup(cmd)
-	if p.owner != nil {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: p.owner.uid, Gid: p.owner.gid}
-	}
+	cmd.SysProcAttr.Credential = p.owner.Credential()
 	return cmd
 }
 
@@ -125,7 +87,7 @@ func (p *process) start(ctx context.Context) error {
 // initdb creates the data directory, unsynced: the demo does not survive a
 // power failure.
 func (p *process) initdb(ctx context.Context) error {
-	if err := p.owner.give(p.dir); err != nil {
+	if err := p.owner.Give(p.dir); err != nil {
 		return err
 	}
 	password := filepath.Join(p.dir, "password")
@@ -133,7 +95,7 @@ func (p *process) initdb(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = os.Remove(password) }()
-	if err := p.owner.give(password); err != nil {
+	if err := p.owner.Give(password); err != nil {
 		return err
 	}
 	cmd := p.command("initdb",
@@ -323,7 +285,7 @@ func (p *process) remove() error {
 }
 
 func (p *process) psql(ctx context.Context) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, p.bin.path("psql"), psqlArgs(p.port)...)
+	cmd := exec.CommandContext(ctx, p.bin.Path("psql"), psqlArgs(p.port)...)
 	cmd.Env = p.environment()
 	return cmd
 }

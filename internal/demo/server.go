@@ -7,11 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	mathrand "math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -123,25 +120,6 @@ func awaitConnections(ctx context.Context, s server, exited <-chan struct{}) err
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-}
-
-// freePort finds a port of 127.0.0.1 that nothing listens on. It lies below
-// the ephemeral ports of the usual systems: a client that keeps connecting to
-// one of those while the server is down may reach itself (TCP's simultaneous
-// open), and then holds the port that the server needs.
-func freePort(taken ...int) (int, error) {
-	var err error
-	for range 100 {
-		port := 15432 + mathrand.IntN(10000)
-		if slices.Contains(taken, port) {
-			continue
-		}
-		var l net.Listener
-		if l, err = net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port))); err == nil {
-			return port, l.Close()
-		}
-	}
-	return 0, fmt.Errorf("no free port on 127.0.0.1: %w", err)
 }
 
 // newPassword is random: on a machine with other users, a server that trusts

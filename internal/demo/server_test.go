@@ -132,20 +132,6 @@ func TestMakeHole(t *testing.T) {
 	}
 }
 
-func TestFreePort(t *testing.T) {
-	var ports []int
-	for range 20 {
-		port, err := freePort(ports...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if slices.Contains(ports, port) || port < 1024 || port >= 32768 {
-			t.Errorf("port %d", port)
-		}
-		ports = append(ports, port)
-	}
-}
-
 // TestEnvironment: variables of libpq do not lead the demo to another server.
 func TestEnvironment(t *testing.T) {
 	t.Setenv("PGHOST", "production")

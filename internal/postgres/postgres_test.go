@@ -1,4 +1,4 @@
-package demo
+package postgres
 
 import (
 	"os"
@@ -32,7 +32,7 @@ func TestBinaryDirs(t *testing.T) {
 	}
 }
 
-func TestFindBinaries(t *testing.T) {
+func TestFind(t *testing.T) {
 	root := t.TempDir()
 	install := func(name, version string, programs ...string) string {
 		dir := filepath.Join(root, name)
@@ -47,18 +47,20 @@ func TestFindBinaries(t *testing.T) {
 		}
 		return dir
 	}
+	programs := []string{"initdb", "psql"}
 	missing := filepath.Join(root, "missing")
 	client := install("client", "18.1", "psql")
+	bare := install("bare", "18.1", "postgres", "psql")
 	old := install("old", "12.22", "postgres", "initdb", "psql")
 	odd := install("odd", "unknown", "postgres", "initdb", "psql")
 	good := install("good", "17.6 (Debian 17.6-1)", "postgres", "initdb", "psql")
 	later := install("later", "18.1", "postgres", "initdb", "psql")
 
-	got, ok := findBinaries(t.Context(), []string{missing, client, old, odd, good, later})
-	if want := (binaries{dir: good, version: "17.6", major: 17}); !ok || got != want {
+	got, ok := find(t.Context(), []string{missing, client, bare, old, odd, good, later}, 13, programs)
+	if want := (Installation{Dir: good, Version: "17.6", Major: 17}); !ok || got != want {
 		t.Errorf("got %+v, %t, want %+v", got, ok, want)
 	}
-	if got, ok := findBinaries(t.Context(), []string{missing, client, old, odd}); ok {
+	if got, ok := find(t.Context(), []string{missing, client, bare, old, odd}, 13, programs); ok {
 		t.Errorf("found %+v, want nothing", got)
 	}
 }
@@ -75,8 +77,22 @@ func TestParseVersion(t *testing.T) {
 		{"sh: postgres: not found", "", 0},
 		{"postgres (PostgreSQL) 99999999999999999999", "", 0},
 	} {
-		if version, major := parseVersion(test.out); version != test.version || major != test.major {
-			t.Errorf("parseVersion(%q) = %q, %d", test.out, version, major)
+		if version, major := ParseVersion(test.out); version != test.version || major != test.major {
+			t.Errorf("ParseVersion(%q) = %q, %d", test.out, version, major)
 		}
+	}
+}
+
+func TestFreePort(t *testing.T) {
+	var ports []int
+	for range 20 {
+		port, err := FreePort(ports...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains(ports, port) || port < 1024 || port >= 32768 {
+			t.Errorf("port %d", port)
+		}
+		ports = append(ports, port)
 	}
 }

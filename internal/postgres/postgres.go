@@ -1,4 +1,6 @@
-package demo
+// Package postgres finds the PostgreSQL that is installed on this machine, and what it takes to run throwaway
+// servers of it: a user that is not root, and a port.
+package postgres
 
 import (
 	"context"
@@ -11,39 +13,42 @@ import (
 	"strings"
 )
 
-// oldestMajor is the oldest PostgreSQL that walfleet archives.
-const oldestMajor = 13
+// OldestMajor is the oldest PostgreSQL that walfleet archives.
+const OldestMajor = 13
 
-// programs are what a directory must have to be used: a server, what creates
-// one, and the client that drives it.
-var programs = []string{"postgres", "initdb", "psql"}
-
-// binaries is one installation of PostgreSQL.
-type binaries struct {
-	dir     string
-	version string // as "postgres --version" prints it: "15.18", "18beta1"
-	major   int
+// Installation is one installation of PostgreSQL.
+type Installation struct {
+	Dir     string // of its programs
+	Version string // as "postgres --version" prints it: "15.18", "18beta1"
+	Major   int
 }
 
-func (b binaries) path(program string) string { return filepath.Join(b.dir, program) }
+// Path is where a program of the installation is.
+func (i Installation) Path(program string) string { return filepath.Join(i.Dir, program) }
 
-// findBinaries returns the first complete installation of version 13 or later
-// among dirs, and false where there is none.
-func findBinaries(ctx context.Context, dirs []string) (binaries, bool) {
+// Find returns the first installation of version major or later that has the
+// server and all of programs in one directory, and false where there is none.
+// It looks in the PATH, where packages put PostgreSQL (newest first), and where
+// pg_config says.
+func Find(ctx context.Context, major int, programs ...string) (Installation, bool) {
+	return find(ctx, append(binaryDirs("/", os.Getenv("PATH")), pgConfigDir(ctx)), major, programs)
+}
+
+func find(ctx context.Context, dirs []string, major int, programs []string) (Installation, bool) {
 	for _, dir := range dirs {
-		b := binaries{dir: dir}
-		if slices.ContainsFunc(programs, func(p string) bool { return !executable(b.path(p)) }) {
+		i := Installation{Dir: dir}
+		if slices.ContainsFunc(append([]string{"postgres"}, programs...), func(p string) bool { return !executable(i.Path(p)) }) {
 			continue
 		}
-		out, err := exec.CommandContext(ctx, b.path("postgres"), "--version").Output()
+		out, err := exec.CommandContext(ctx, i.Path("postgres"), "--version").Output()
 		if err != nil {
 			continue
 		}
-		if b.version, b.major = parseVersion(string(out)); b.major >= oldestMajor {
-			return b, true
+		if i.Version, i.Major = ParseVersion(string(out)); i.Major >= major {
+			return i, true
 		}
 	}
-	return binaries{}, false
+	return Installation{}, false
 }
 
 // binaryDirs lists the directories where PostgreSQL may be, in the order in
@@ -113,9 +118,9 @@ func numbers(path string) []int {
 
 var versionText = regexp.MustCompile(`\(PostgreSQL\) (([0-9]+)\S*)`)
 
-// parseVersion reads what "postgres --version" prints. major is 0 when that is
+// ParseVersion reads what "postgres --version" prints. major is 0 when that is
 // not understood.
-func parseVersion(out string) (version string, major int) {
+func ParseVersion(out string) (version string, major int) {
 	m := versionText.FindStringSubmatch(out)
 	if m == nil {
 		return "", 0
