@@ -87,6 +87,28 @@ func withArchive(parent string, f func(dir string) error) (err error) {
 	return f(dir)
 }
 
+// archiving calls f while c archives the server into a directory on the disk, once it has caught up. It connects to port:
+// the server's, or that of a proxy.
+func (b *bench) archiving(ctx context.Context, c contender, s *server, port int, f func() error) (err error) {
+	if err := s.createSlot(ctx, "bench"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.dropSlot(context.WithoutCancel(ctx), "bench")) }()
+	return withArchive(b.dir, func(dir string) error {
+		cmds, err := b.archivers(ctx, c, dir, source{"bench", port, "bench"})
+		if err != nil {
+			return err
+		}
+		_, err = withArchivers(cmds, func(*processes) error {
+			if err := s.awaitArchivers(ctx, 1); err != nil {
+				return err
+			}
+			return f()
+		})
+		return err
+	})
+}
+
 // measure runs f for both contenders (or those named) in turn, a pair that is not counted and then all others, and puts the
 // values that it returns into the report's table. The order changes from pair to pair.
 func (b *bench) measure(ctx context.Context, t table, f func(ctx context.Context, c contender) ([]value, error), contenders ...contender) error {

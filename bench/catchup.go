@@ -73,7 +73,7 @@ func catchUpScenario(ctx context.Context, b *bench, segmentSize wal.SegmentSize,
 // update fills a server with WAL of many small records, up to target at least, and returns where it ends. There is more
 // WAL behind that: who receives until there need not wait for it.
 func (s *server) update(ctx context.Context, target wal.LSN) (wal.LSN, error) {
-	if _, err := s.pgbench(ctx, "-i", "-q", "-s", "10"); err != nil {
+	if err := s.initPgbench(ctx, 10); err != nil {
 		return 0, err
 	}
 	for {

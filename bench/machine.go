@@ -37,7 +37,7 @@ func machine(ctx context.Context, b *bench) ([][2]string, error) {
 		{"pg_receivewal and servers", "PostgreSQL " + b.pg.Version},
 		{"Go", runtime.Version()},
 		{"processors", fmt.Sprintf("%d, %s", runtime.NumCPU(), field(string(cpuinfo), "model name"))},
-		{"memory", fmt.Sprintf("%d GB", kilobytes(meminfo, "MemTotal:")>>30)},
+		{"memory", fmt.Sprintf("%d GB", (kilobytes(meminfo, "MemTotal:")+1<<29)>>30)},
 		{"kernel", strings.TrimSpace(string(kernel))},
 		{"disk", disk(ctx, b.dir, fs)},
 	}, nil

@@ -37,6 +37,9 @@ type scenario struct {
 var scenarios = []scenario{
 	{"catchup-16MB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 16<<20, 3<<29) }},
 	{"catchup-1GB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 1<<30, 3<<30) }},
+	{"commits", commitsScenario},
+	{"new-segment", newSegmentScenario},
+	{"reconnect", reconnectScenario},
 }
 
 // bench is one run of the program.

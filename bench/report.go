@@ -170,9 +170,9 @@ func (r *report) markdown() string {
 	}
 	fmt.Fprintf(&b, `# Benchmarks
 
-walfleet and pg_receivewal do the same work on the same WAL, on one machine, in turn, in one run: %d pairs after one
-that does not count. The order within a pair changes from one to the next. Columns are medians. The ratio is the median of those
-of the pairs, with the least and the greatest. ↑: more is better, ↓: less is. Every single measurement is in
+walfleet and pg_receivewal do the same work on the same WAL, on one machine, in turn, in one run: first a pair that
+does not count, then those that do (here %d). The order within a pair changes from one to the next. Columns are medians. The
+ratio is the median of those of the pairs, with the least and the greatest. ↑: more is better, ↓: less is. Every single measurement is in
 [benchmarks.csv](benchmarks.csv). Servers, load and archivers share the machine.
 
 To repeat it: `+"`%s`"+`. It needs Linux, Go, PostgreSQL 15 or later, and %d GB on a disk (`+"`go run ./bench -h`"+` for where and what).

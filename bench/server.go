@@ -110,21 +110,25 @@ func (s *server) command(ctx context.Context, name string, args ...string) *exec
 
 // sql runs one statement, or several that return nothing, and returns the rows, their columns separated by "|".
 func (s *server) sql(ctx context.Context, query string) (string, error) {
-	out, err := s.program(ctx, "psql", "-XqAtw", "-v", "ON_ERROR_STOP=1", "-d", s.conninfo("postgres"), "-c", query)
+	out, err := s.program(ctx, "psql", "-XqAtw", "-v", "ON_ERROR_STOP=1", "-d", s.conninfo()+local, "-c", query)
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", query, err)
 	}
 	return out, nil
 }
 
-// conninfo leads the superuser to a database.
-func (s *server) conninfo(database string) string {
-	return fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=%s sslmode=disable", s.port, database)
+// conninfo leads the superuser to the server.
+func (s *server) conninfo() string {
+	return fmt.Sprintf("host=127.0.0.1 port=%d user=postgres dbname=postgres sslmode=disable", s.port)
 }
 
-// pgbench runs pgbench with args and returns what it prints.
-func (s *server) pgbench(ctx context.Context, args ...string) (string, error) {
-	return s.program(ctx, "pgbench", append(args, "-h", "127.0.0.1", "-p", strconv.Itoa(s.port), "-U", "postgres", "postgres")...)
+// local is added to a conninfo where commits are not to wait for a synchronous standby.
+const local = " options='-c synchronous_commit=local'"
+
+// initPgbench creates pgbench's tables.
+func (s *server) initPgbench(ctx context.Context, scale int) error {
+	_, err := s.program(ctx, "pgbench", "-i", "-q", "-s", strconv.Itoa(scale), s.conninfo()+local)
+	return err
 }
 
 // flushed is the end of the WAL on the server's disk.
@@ -162,6 +166,20 @@ BEGIN
 		PERFORM pg_sleep(0.001);
 	END LOOP;
 END $$`
+
+// fill writes WAL until just before target.
+func (s *server) fill(ctx context.Context, target wal.LSN) error {
+	for {
+		now, err := s.flushed(ctx)
+		if err != nil || now+64<<10 > target {
+			return err
+		}
+		left := int64(target - now)
+		if err := s.emit(ctx, left-left/256); err != nil { // headers of pages take 24 bytes of each 8192
+			return err
+		}
+	}
+}
 
 // awaitArchivers waits until n archivers have flushed all WAL, a minute at most.
 func (s *server) awaitArchivers(ctx context.Context, n int) error {
