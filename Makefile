@@ -9,7 +9,7 @@ integration_env = CGO_ENABLED=1 \
 # Those that make more of their faults when WALFLEET_TORTURE is set.
 torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced|TestKilledWhileCompressing
 
-.PHONY: help build test test-unit torture lint demo images clean compiler tracer
+.PHONY: help build test test-unit torture lint bench demo images clean compiler tracer postgresql
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ lint: ## formatting, go vet, staticcheck, syntax of the scripts
 	go run $(STATICCHECK) ./...
 	for script in scripts/*.sh .ci/run; do bash -n "$$script" || exit; done
 
+bench: postgresql ## walfleet beside pg_receivewal, written to docs/benchmarks.md: about half an hour, on an idle machine
+	go run ./bench
+
 demo: build ## two throwaway primaries, and the daemon that archives them
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || scripts/images.sh 17
 	bin/walfleet demo
@@ -55,3 +58,11 @@ compiler: # the race detector needs cgo
 tracer: # without these, the tests that need them say that they tested nothing
 	@{ command -v strace && command -v mkfs.ext4; } >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends strace e2fsprogs; }
+
+postgresql: # programs of a server for bench, which says what is missing elsewhere; Debian's packages would start a server, too
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+		[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+		mkdir -p /etc/postgresql-common && { [ -e /etc/postgresql-common/createcluster.conf ] || \
+			echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf; } && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			-o Dpkg::Options::=--force-confold postgresql; }

@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // commitsScenario measures commits that wait for the archiver, the server's synchronous standby.
@@ -79,6 +80,10 @@ var tpsLine = regexp.MustCompile(`(?m)^tps = ([0-9.]+)`)
 
 // load runs pgbench's TPC-B transactions, whose commits wait for the synchronous standby.
 func (s *server) load(ctx context.Context, clients, seconds int) (tps float64, all []transaction, err error) {
+	// A commit whose standby is gone waits for ever.
+	limit := time.Duration(seconds)*time.Second + 2*time.Minute
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("commits still wait after %s", limit))
+	defer cancel()
 	prefix := filepath.Join(s.dir, "transactions")
 	out, err := s.program(ctx, "pgbench", "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", strconv.Itoa(min(clients, runtime.NumCPU())),
 		"-T", strconv.Itoa(seconds), "-l", "--log-prefix", prefix, s.conninfo())

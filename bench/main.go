@@ -107,7 +107,7 @@ func run(ctx context.Context) (err error) {
 		}
 		started := time.Now()
 		fmt.Fprintf(os.Stderr, "%s\n", s.name)
-		if err := s.run(ctx, b); err != nil {
+		if err := b.runScenario(ctx, s); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", s.name, err))
 			continue
 		}
@@ -117,6 +117,14 @@ func run(ctx context.Context) (err error) {
 		return errors.Join(append(errs, context.Cause(ctx))...)
 	}
 	return errors.Join(append(errs, b.report.write(*output))...)
+}
+
+// runScenario gives a scenario far more time than it takes on a slow machine: what hangs ends.
+func (b *bench) runScenario(ctx context.Context, s scenario) error {
+	limit := time.Duration(b.pairs+2) * 10 * time.Minute
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %s", limit))
+	defer cancel()
+	return s.run(ctx, b)
 }
 
 // makeDir makes the directory of this run, on a disk: parent, or the first usual place that is none of memory.

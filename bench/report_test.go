@@ -6,6 +6,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -117,5 +118,17 @@ func TestCPUTime(t *testing.T) {
 	}
 	if _, err := cpuTime("42 (a) S 1"); err == nil {
 		t.Error("a short line is taken")
+	}
+}
+
+// TestParseTransactions: latencies are milliseconds, times seconds with their fraction; a line that is not understood
+// is an error, and not left out.
+func TestParseTransactions(t *testing.T) {
+	got, err := parseTransactions("0 199 2241 0 1175850568 995598\n3 1 250 0 1175850569 5\n")
+	if want := []transaction{{2.241, 1175850568.995598}, {0.25, 1175850569.000005}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v, want %v", got, err, want)
+	}
+	if got, err := parseTransactions("0 199 2241 0 1175850568\n"); err == nil {
+		t.Errorf("a short line gives %v", got)
 	}
 }
