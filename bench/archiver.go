@@ -94,6 +94,10 @@ func (b *bench) archiving(ctx context.Context, c contender, s *server, port int,
 		return err
 	}
 	defer func() { err = errors.Join(err, s.dropSlot(context.WithoutCancel(ctx), "bench")) }()
+	// What came before now is not the archiver's business.
+	if _, err := s.sql(ctx, "SELECT pg_replication_slot_advance('bench', pg_current_wal_flush_lsn())"); err != nil {
+		return err
+	}
 	return withArchive(b.dir, func(dir string) error {
 		cmds, err := b.archivers(ctx, c, dir, source{"bench", port, "bench"})
 		if err != nil {

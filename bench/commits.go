@@ -33,11 +33,8 @@ func commitsScenario(ctx context.Context, b *bench) (err error) {
 		}
 		t := table{title: title, about: fmt.Sprintf("pgbench's TPC-B transactions for %d s (`-M prepared`, scale 64) on a server with "+
 			"fsync = on, whose synchronous standby is the archiver: `pg_receivewal --synchronous`, or the daemon with its default "+
-			"configuration; segments of 16 MB. Server and archive are on the same disk, pgbench on the same processors.", seconds)}
+			"configuration; segments of 16 MB. No checkpoint comes, so no record has a full page. Server and archive are on the same disk, pgbench on the same processors.", seconds)}
 		err := b.measure(ctx, t, func(ctx context.Context, c contender) (values []value, err error) {
-			if _, err := s.sql(ctx, "CHECKPOINT"); err != nil {
-				return nil, err
-			}
 			err = b.archiving(ctx, c, s, s.port, func() error {
 				tps, all, err := s.load(ctx, clients, seconds)
 				if err != nil {
