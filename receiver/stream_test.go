@@ -3,7 +3,6 @@ package receiver
 import (
 	"bytes"
 	"encoding/binary"
-	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -13,8 +12,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgproto3"
 
-	"github.com/walfleet/walfleet/internal/archive"
-	"github.com/walfleet/walfleet/internal/pgrepl"
 	"github.com/walfleet/walfleet/internal/pgtest"
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -324,39 +321,6 @@ func TestCatchingUpTurnsIntoStreaming(t *testing.T) {
 			t.Errorf("the log does not tell:\n%s", g.logs.last(12))
 		}
 	})
-}
-
-// TestHandlingAMessageDoesNotAllocate is DESIGN's section 3.
-func TestHandlingAMessageDoesNotAllocate(t *testing.T) {
-	w := newWAL(16 * mb)
-	for w.End() < origin+2*mb {
-		w.Append(make([]byte, 300))
-	}
-	dir, err := archive.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := New(Config{}, slog.New(slog.DiscardHandler), nil)
-	r.dir = dir
-	if r.writer, err = dir.OpenWriter(t.Context(), archive.Identity{SystemID: systemID, SegmentSize: 16 * mb}, 1, origin); err != nil {
-		t.Fatal(err)
-	}
-	defer r.close()
-	st := &stream{session: &session{Receiver: r}}
-	pos := origin
-	message := func() {
-		to := pos + 10000
-		if err := st.handle(t.Context(), pgrepl.Message{Kind: pgrepl.WALData, Start: pos, Data: w.Bytes(pos, to), ServerEnd: w.End()}); err != nil {
-			t.Fatal(err)
-		}
-		st.publish()
-		pos = to
-	}
-	message() // makes the file
-	generator := testing.AllocsPerRun(100, func() { w.Bytes(pos, pos+10000) })
-	if n := testing.AllocsPerRun(100, message); n > generator {
-		t.Errorf("%v allocations for a message", n-generator)
-	}
 }
 
 // After a restart WAL is received again from a record that the server gave up, which no CRC covers. What was

@@ -513,7 +513,7 @@ func TestZerosAheadTakeNothingAway(t *testing.T) {
 
 // BenchmarkWriter writes and flushes pieces of a size; the file system counts as well.
 func BenchmarkWriter(b *testing.B) {
-	for _, size := range []int{8 << 10, 128 << 10, 1 << 20} {
+	for _, size := range []int{256, 8 << 10, 128 << 10, 1 << 20} {
 		for _, every := range []int{1, 0} { // flushes: with each piece, at the end of a segment
 			b.Run(fmt.Sprintf("size=%d/flush=%d", size, every), func(b *testing.B) {
 				const segment = 16 * mb
