@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -63,15 +63,19 @@ func (b *bench) archivers(ctx context.Context, c contender, dir string, sources 
 
 // configuration is a walfleet.toml with defaults, and lines for each cluster.
 func configuration(dir string, sources []source, lines ...string) []byte {
-	var b strings.Builder
-	fmt.Fprintf(&b, "archive_dir = %q\n", dir)
+	return append(fmt.Appendf(nil, "archive_dir = %q\n", dir), clusters(sources, lines...)...)
+}
+
+// clusters are the sources in a walfleet.toml.
+func clusters(sources []source, lines ...string) []byte {
+	var b bytes.Buffer
 	for _, s := range sources {
 		fmt.Fprintf(&b, "[[cluster]]\nname = %q\nslot = %q\nconninfo = \"host=127.0.0.1 port=%d user=postgres sslmode=disable\"\n", s.name, s.slot, s.port)
 		for _, line := range lines {
 			fmt.Fprintln(&b, line)
 		}
 	}
-	return []byte(b.String())
+	return b.Bytes()
 }
 
 // withArchive calls f with an empty directory below parent, on a disk without work left from before, and removes it.
@@ -113,19 +117,26 @@ func (b *bench) archiving(ctx context.Context, c contender, s *server, port int,
 	})
 }
 
+// slowPairs is the most that is measured of what takes minutes.
+const slowPairs = 3
+
 // measure runs f for both contenders (or those named) in turn, a pair that is not counted and then all others, and puts the
 // values that it returns into the report's table. The order changes from pair to pair.
 func (b *bench) measure(ctx context.Context, t table, f func(ctx context.Context, c contender) ([]value, error), contenders ...contender) error {
 	if len(contenders) == 0 {
 		contenders = []contender{pgReceivewal, walfleet}
 	}
-	for pair := range b.pairs + 1 {
+	warm, pairs := 1, b.pairs
+	if t.slow {
+		warm, pairs = 0, min(b.pairs, slowPairs)
+	}
+	for pair := 1 - warm; pair <= pairs; pair++ {
 		for _, c := range contenders {
 			values, err := f(ctx, c)
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", t.title, c, err)
 			}
-			fmt.Fprintf(os.Stderr, "  %s, pair %d of %d, %s: %v\n", t.title, pair, b.pairs, c, values)
+			fmt.Fprintf(os.Stderr, "  %s, pair %d of %d, %s: %v\n", t.title, pair, pairs, c, values)
 			if pair > 0 {
 				t.add(c, pair, values)
 			}

@@ -40,6 +40,11 @@ var scenarios = []scenario{
 	{"commits", commitsScenario},
 	{"new-segment", newSegmentScenario},
 	{"reconnect", reconnectScenario},
+	{"fleet-1", func(ctx context.Context, b *bench) error { return fleetScenario(ctx, b, 1) }},
+	{"fleet-10", func(ctx context.Context, b *bench) error { return fleetScenario(ctx, b, 10) }},
+	{"fleet-100", func(ctx context.Context, b *bench) error { return fleetScenario(ctx, b, 100) }},
+	{"scale", scaleScenario},
+	{"compression", compressionScenario},
 }
 
 // bench is one run of the program.
@@ -53,6 +58,13 @@ type bench struct {
 }
 
 func main() {
+	if len(os.Args) == 3 && os.Args[1] == walsendersMode {
+		if err := walsenders(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: scripted walsenders:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	// A second signal ends it at once, and leaves servers behind.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -24,10 +25,49 @@ type processes struct {
 // process is one of them.
 type process struct {
 	cmd  *exec.Cmd
-	log  bytes.Buffer // its output, to be read once done is closed
+	log  output
 	done chan struct{}
 	err  error // how it ended, set before done is closed
 	peak int64 // VmHWM in bytes, set before done is closed
+}
+
+// output is what a process has printed so far.
+type output struct {
+	mu   sync.Mutex
+	text []byte
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.text = append(o.text, p...)
+	return len(p), nil
+}
+
+// count is how often text stands there.
+func (o *output) count(text string) int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return bytes.Count(o.text, []byte(text))
+}
+
+// last are the last n lines.
+func (o *output) last(n int) string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return lastLines(o.text, n)
+}
+
+// awaitText waits until the process has printed text n times, two minutes at most.
+func (p *process) awaitText(ctx context.Context, text string, n int) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("not within two minutes"))
+	defer cancel()
+	for p.log.count(text) < n {
+		if err := pause(ctx, time.Millisecond); err != nil {
+			return fmt.Errorf("%s printed %q %d times, not %d: %w\n%s", p.cmd.Path, text, p.log.count(text), n, err, p.log.last(5))
+		}
+	}
+	return nil
 }
 
 // usage is what processes took in their life.
@@ -97,7 +137,7 @@ func (ps *processes) stop() (usage, error) {
 }
 
 func (p *process) failure() error {
-	return fmt.Errorf("%s: %v\n%s", strings.Join(p.cmd.Args, " "), p.err, lastLines(p.log.Bytes(), 5))
+	return fmt.Errorf("%s: %v\n%s", strings.Join(p.cmd.Args, " "), p.err, p.log.last(5))
 }
 
 // usage of processes that have ended.

@@ -45,6 +45,7 @@ func (v value) String() string { return fmt.Sprintf("%s %s %s", v.name, number(v
 type table struct {
 	title      string // unique
 	about      string // what was done, and what a reader must know to judge it
+	slow       bool   // a run takes so long that slowPairs are measured at most, and nothing before them
 	quantities []quantity
 	runs       []result
 }
@@ -142,7 +143,11 @@ func number(v float64) string {
 // markdown is the table with its text.
 func (t *table) markdown() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "## %s\n\n%s\n\n", t.title, strings.TrimSpace(t.about))
+	fmt.Fprintf(&b, "## %s\n\n%s", t.title, strings.TrimSpace(t.about))
+	if t.slow {
+		fmt.Fprintf(&b, " %d times at most, with none before that.", slowPairs)
+	}
+	b.WriteString("\n\n")
 	if len(t.runs) == 0 {
 		return b.String()
 	}

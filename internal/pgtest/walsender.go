@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgproto3"
@@ -24,8 +23,8 @@ import (
 )
 
 // Server is a PostgreSQL server of which only the replication side exists: it lives in the test's
-// process and speaks the protocol over net.Pipe. It uses no socket and no time but the test's, so it
-// runs in a testing/synctest bubble when NewServer is called there. What it answers follows
+// process and speaks the protocol over net.Pipe, or over what Accept is given. With Dial it uses no socket
+// and no time but the test's, so it runs in a testing/synctest bubble when NewServer is called there. What it answers follows
 // walsender.c, repl_gram.y and slot.c, and was compared with a PostgreSQL 15 on the wire.
 //
 // Without scripts it behaves as a server would: it streams the WAL of its State, keeps slots, ends
@@ -38,7 +37,7 @@ type Server struct {
 	// (*Stream).Serve. When it returns without having ended the stream, the connection is closed.
 	OnStream func(*Stream)
 
-	t       testing.TB
+	t       T
 	wg      sync.WaitGroup
 	mu      sync.Mutex
 	state   State
@@ -95,8 +94,14 @@ type Query struct {
 	Startup map[string]string // the connection's startup parameters: user, replication, application_name, …
 }
 
+// T is what a Server needs of a testing.TB. A program that is no test brings its own.
+type T interface {
+	Errorf(format string, args ...any)
+	Cleanup(func())
+}
+
 // NewServer makes a server that is closed when t ends. The maps in s are the server's from then on.
-func NewServer(t testing.TB, s State) *Server {
+func NewServer(t T, s State) *Server {
 	s.SystemID = cmp.Or(s.SystemID, 7000000000000000001)
 	s.Timeline = cmp.Or(s.Timeline, 1)
 	s.SegmentSize = cmp.Or(s.SegmentSize, 16<<20)
@@ -240,11 +245,27 @@ func (s *Server) Dial(ctx context.Context, network, _ string) (net.Conn, error) 
 		return nil, &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	}
 	client, server := net.Pipe()
+	return &clientEnd{Conn: client, closed: s.serve(server).hangUp}, nil
+}
+
+// Accept serves a client that is connected already, on a socket say. The connection is the server's from then on.
+func (s *Server) Accept(client net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		_ = client.Close()
+		return
+	}
+	s.serve(client)
+}
+
+// serve serves a connection; the caller holds mu.
+func (s *Server) serve(server net.Conn) *conn {
 	s.lastPID++
 	c := &conn{srv: s, pid: s.lastPID, net: server, be: pgproto3.NewBackend(server, server), gone: make(chan struct{}), finished: make(chan struct{})}
 	s.conns[c] = struct{}{}
 	s.wg.Go(c.serve)
-	return &clientEnd{Conn: client, closed: c.hangUp}, nil
+	return c
 }
 
 // clientEnd is the client's end of a connection. The server knows at once that it was closed: a client
@@ -489,7 +510,7 @@ func (c *conn) read() {
 	for {
 		msg, err := c.be.Receive()
 		if err != nil {
-			if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.ErrClosedPipe) {
+			if !isGone(err) {
 				s.t.Errorf("pgtest: from the client: %v", err)
 			}
 			return
@@ -535,6 +556,11 @@ func (c *conn) read() {
 			return
 		}
 	}
+}
+
+// isGone tells an error of reading that says that the connection was closed, by either side.
+func isGone(err error) bool {
+	return errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.ErrClosedPipe) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET)
 }
 
 // answer answers one query, and streams when it began a stream. An error ends the connection.
