@@ -41,7 +41,7 @@ func fleetScenario(ctx context.Context, b *bench, n int) (err error) {
 	t := table{title: fmt.Sprintf("Fleet of %d clusters", n), slow: true, about: fmt.Sprintf("One daemon with its default configuration "+
 		"against %d processes of `pg_receivewal --synchronous`. The clusters are slots on %d server(s) with fsync = off. All begin at once, in "+
 		"empty directories, %d MB of WAL behind; the times count from the first start until pg_stat_replication shows that WAL as flushed. "+
-		"Then nothing happens for a minute (the CPU is that of %s, from the 10th second on), and then pgbench runs on each "+
+		"Then nothing happens for half a minute (the CPU is that of %s, from the 10th second on), and then pgbench runs on each "+
 		"server, %d transactions a second, for %s. PSS is proportional memory: a page that n processes share counts 1/n in each. "+
 		"CPU is in percent of one processor.", n, len(servers), fleetBehind>>20, idleWatch, loadRate, loadTime)}
 	if n == 1 {
@@ -59,7 +59,7 @@ func fleetScenario(ctx context.Context, b *bench, n int) (err error) {
 const (
 	fleetBehind = 32 << 20 // bytes of WAL that a cluster is behind
 	idleWatch   = 15 * time.Second
-	loadTime    = 15 * time.Second
+	loadTime    = 10 * time.Second
 	loadRate    = 20 // transactions per second and server
 )
 
@@ -107,10 +107,10 @@ func fleetOnce(ctx context.Context, b *bench, servers []*server, c contender, di
 	return values, err
 }
 
-// fleetCosts watches archivers that have caught up: a minute in which nothing happens, and under load.
+// fleetCosts watches archivers that have caught up: half a minute in which nothing happens, and under load.
 func fleetCosts(ctx context.Context, ps *processes, servers []*server, sources [][]source, values *[]value) error {
 	var looks []cost
-	for _, wait := range []time.Duration{10 * time.Second, idleWatch, time.Minute - 10*time.Second - idleWatch} {
+	for _, wait := range []time.Duration{10 * time.Second, idleWatch, 5 * time.Second} {
 		if err := pause(ctx, wait); err != nil {
 			return err
 		}
@@ -140,7 +140,7 @@ func fleetCosts(ctx context.Context, ps *processes, servers []*server, sources [
 	percent := func(from, to cost, d time.Duration) float64 { return 100 * (to.cpu - from.cpu).Seconds() / d.Seconds() }
 	*values = append(*values,
 		value{quantity{"PSS, idle for 10 s", "MB", false}, float64(early.pss) / (1 << 20)},
-		value{quantity{"PSS, idle for 60 s", "MB", false}, float64(idle.pss) / (1 << 20)},
+		value{quantity{"PSS, idle for 30 s", "MB", false}, float64(idle.pss) / (1 << 20)},
 		value{quantity{"CPU, idle", "%", false}, percent(early, later, idleWatch)},
 		value{quantity{"threads", "", false}, float64(idle.threads)},
 		value{quantity{"descriptors", "", false}, float64(idle.descriptors)},

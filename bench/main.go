@@ -36,7 +36,7 @@ type scenario struct {
 // scenarios in the order of the report. Each leaves nothing behind.
 var scenarios = []scenario{
 	{"catchup-16MB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 16<<20, 3<<29) }},
-	{"catchup-1GB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 1<<30, 3<<30) }},
+	{"catchup-1GB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 1<<30, 2<<30) }},
 	{"commits", commitsScenario},
 	{"new-segment", newSegmentScenario},
 	{"reconnect", reconnectScenario},
