@@ -7,7 +7,6 @@ import (
 	"slices"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/walfleet/walfleet/internal/pgtest"
 )
@@ -24,7 +23,7 @@ func TestAConnectErrorHasEachAddressOnce(t *testing.T) {
 		dials++
 		return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
 	}
-	_, err = c.Connect(t.Context(), 0, Options{Dial: refuse, Timeout: time.Second})
+	_, err = c.Connect(t.Context(), 0, Options{Dial: refuse, Timeout: patience})
 	var failed *ConnectError
 	if !errors.As(err, &failed) || dials != 2 {
 		t.Fatalf("%v after %d dials", err, dials)
@@ -35,7 +34,7 @@ func TestAConnectErrorHasEachAddressOnce(t *testing.T) {
 
 	// What the server said is kept. It refuses TLS first, which counts for nothing.
 	server := pgtest.NewServer(t, pgtest.State{StartupError: pgtest.Fatal("28000", "no such role")})
-	_, err = c.Connect(t.Context(), 0, Options{Dial: server.Dial, Timeout: time.Second})
+	_, err = c.Connect(t.Context(), 0, Options{Dial: server.Dial, Timeout: patience})
 	if !errors.As(err, &failed) || len(failed.Attempts) != 1 || Code(failed.Attempts[0].Err) != CodeInvalidAuth || Code(err) != CodeInvalidAuth {
 		t.Errorf("%v", err)
 	}
@@ -67,7 +66,7 @@ func TestCommandsAreToldWithTheServersAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := c.Connect(t.Context(), 0, Options{Dial: server.Dial, Timeout: time.Second})
+	conn, err := c.Connect(t.Context(), 0, Options{Dial: server.Dial, Timeout: patience})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,9 @@ import (
 	"time"
 )
 
+// patience bounds what the tests wait for, on a machine that has other things to do.
+const patience = time.Minute
+
 // isolate keeps libpq's environment and files of the machine out of a test.
 func isolate(t testing.TB, env ...string) (dir string) {
 	t.Helper()
@@ -265,7 +268,7 @@ func TestApplicationNamePrecedence(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := newGreeter(nil)
-		conn, err := c.Connect(t.Context(), 0, Options{ApplicationName: tt.option, Dial: s.dial, Timeout: time.Second})
+		conn, err := c.Connect(t.Context(), 0, Options{ApplicationName: tt.option, Dial: s.dial, Timeout: patience})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -285,7 +288,7 @@ func TestPasswordFile(t *testing.T) {
 	for content, want := range map[string]string{"secret": "secret", "secret\nmore\n": "secret", "se cret \r\n": "se cret ", "": ""} {
 		s := newGreeter(nil)
 		s.askPassword = true
-		o := Options{PasswordFile: writeFile(t, filepath.Join(dir, "password"), content), Dial: s.dial, Timeout: time.Second}
+		o := Options{PasswordFile: writeFile(t, filepath.Join(dir, "password"), content), Dial: s.dial, Timeout: patience}
 		conn, err := c.Connect(t.Context(), 0, o)
 		if err != nil {
 			t.Errorf("%q: %v", content, err)

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -132,7 +131,7 @@ func FuzzReceive(f *testing.F) {
 				t.Errorf("%d bytes allocated for %d that came", n, len(p))
 			}
 		}()
-		conn, err := c.Connect(t.Context(), 0, Options{Timeout: time.Minute, Dial: func(context.Context, string, string) (net.Conn, error) { return client, nil }})
+		conn, err := c.Connect(t.Context(), 0, Options{Timeout: patience, Dial: func(context.Context, string, string) (net.Conn, error) { return client, nil }})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/walfleet/walfleet/internal/pgtest"
 )
@@ -55,7 +54,7 @@ func TestPassfileThatOthersCanReadIsNotUsed(t *testing.T) {
 			t.Errorf("%s: password %q, want %q", s, p, c.password)
 		}
 		if c.password == "" && c.warning != "" {
-			_, err := got.Connect(t.Context(), 0, Options{Dial: server.Dial, Timeout: time.Second})
+			_, err := got.Connect(t.Context(), 0, Options{Dial: server.Dial, Timeout: patience})
 			if !errors.Is(err, ErrNoPassword) || !strings.Contains(err.Error(), c.warning) {
 				t.Errorf("%s: %v, want it to tell of the passfile", s, err)
 			}

@@ -95,7 +95,7 @@ func connect(t *testing.T, s *pgtest.Server, dial func(context.Context, string, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := c.Connect(t.Context(), 0, Options{Timeout: 20 * time.Second, Dial: dial})
+	conn, err := c.Connect(t.Context(), 0, Options{Timeout: patience, Dial: dial})
 	if err != nil {
 		t.Fatal(err)
 	}

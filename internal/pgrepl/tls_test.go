@@ -200,7 +200,7 @@ func TestTLS(t *testing.T) {
 				t.Fatal(err)
 			}
 			g := newGreeter(tt.server)
-			conn, err := c.Connect(t.Context(), 0, Options{Dial: g.dial, Timeout: time.Second})
+			conn, err := c.Connect(t.Context(), 0, Options{Dial: g.dial, Timeout: patience})
 			if err == nil {
 				conn.Close()
 			}
