@@ -65,6 +65,9 @@ func newCluster(t *testing.T, name string) *cluster {
 	return c
 }
 
+// patience bounds what the tests wait for, on a machine that has other things to do.
+const patience = time.Minute
+
 // running is a fleet that runs until the test ends.
 type running struct {
 	*Fleet
@@ -114,7 +117,7 @@ func run(t *testing.T, cfg *Config) *running {
 func (r *running) wait(want ...string) {
 	r.t.Helper()
 	var got []string
-	for begun := time.Now(); time.Since(begun) < 20*time.Second; time.Sleep(5 * time.Millisecond) {
+	for begun := time.Now(); time.Since(begun) < patience; time.Sleep(5 * time.Millisecond) {
 		got = nil
 		for _, s := range r.Status() {
 			got = append(got, fmt.Sprintf("%s %s", s.Name, s.State))
@@ -139,13 +142,13 @@ func (r *running) stop() error {
 
 func TestReloadDoesNotTouchAnEqualCluster(t *testing.T) {
 	a, b := newCluster(t, "a"), newCluster(t, "b")
-	r := run(t, config(10*time.Second, a.cfg, b.cfg))
+	r := run(t, config(patience, a.cfg, b.cfg))
 	r.wait("a streaming", "b streaming")
 	kept, replaced, first := r.receiver("a"), r.receiver("b"), b.Streams()[0]
 
 	for i := range 3 {
 		b.cfg.StatusInterval += time.Second
-		plan, err := r.Reload(t.Context(), config(10*time.Second, b.cfg, a.cfg))
+		plan, err := r.Reload(t.Context(), config(patience, b.cfg, a.cfg))
 		if err != nil || plan.String() != "restarted b; kept 1" {
 			t.Fatalf("%s, %v", plan, err)
 		}
@@ -170,9 +173,9 @@ func TestReloadDoesNotTouchAnEqualCluster(t *testing.T) {
 
 func TestReloadStartsAndStops(t *testing.T) {
 	a, b, c := newCluster(t, "a"), newCluster(t, "b"), newCluster(t, "c")
-	r := run(t, config(10*time.Second, a.cfg, b.cfg))
+	r := run(t, config(patience, a.cfg, b.cfg))
 	r.wait("a streaming", "b streaming")
-	plan, err := r.Reload(t.Context(), config(10*time.Second, c.cfg, b.cfg))
+	plan, err := r.Reload(t.Context(), config(patience, c.cfg, b.cfg))
 	if err != nil || plan.String() != "started c; stopped a; kept 1" {
 		t.Fatalf("%s, %v", plan, err)
 	}
@@ -198,54 +201,54 @@ func TestClustersAreIsolated(t *testing.T) {
 	a, halted, down := newCluster(t, "a"), newCluster(t, "halted"), newCluster(t, "down")
 	halted.cfg.Conninfo = "host=x keepalives=what"
 	down.cfg.Conninfo = "user=archiver host=" + t.TempDir()
-	r := run(t, config(10*time.Second, halted.cfg, a.cfg, down.cfg))
+	r := run(t, config(patience, halted.cfg, a.cfg, down.cfg))
 	r.wait("halted halted", "a streaming", "down backoff")
 	if err := r.stop(); err != nil {
 		t.Error(err)
 	}
 }
 
-// stuck makes a cluster that no context stops: it reads its password from a pipe that nobody writes to.
-func stuck(t *testing.T, name string) (c *cluster, release func()) {
+// stuck makes a cluster that no context stops: it reads its password from a pipe into which nobody writes. wait returns
+// when it does that, and release lets it go on, with no password.
+func stuck(t *testing.T, name string) (c *cluster, wait, release func()) {
 	t.Helper()
 	c = newCluster(t, name)
 	c.cfg.PasswordFile = filepath.Join(t.TempDir(), "pipe")
 	if err := syscall.Mkfifo(c.cfg.PasswordFile, 0o600); err != nil {
 		t.Skip(err)
 	}
-	release = func() {
-		if f, err := os.OpenFile(c.cfg.PasswordFile, os.O_WRONLY|syscall.O_NONBLOCK, 0); err == nil {
-			f.Close()
+	var pipe *os.File // the end to write to, which a pipe without a reader does not give
+	wait = func() {
+		t.Helper()
+		for begun := time.Now(); time.Since(begun) < patience; time.Sleep(5 * time.Millisecond) {
+			var err error
+			if pipe, err = os.OpenFile(c.cfg.PasswordFile, os.O_WRONLY|syscall.O_NONBLOCK, 0); err == nil {
+				return
+			}
 		}
-		os.Remove(c.cfg.PasswordFile)
-		if err := os.WriteFile(c.cfg.PasswordFile, nil, 0o600); err != nil {
+		t.Fatalf("%s does not read its password", name)
+	}
+	release = sync.OnceFunc(func() {
+		empty := c.cfg.PasswordFile + ".empty"
+		if err := os.WriteFile(empty, nil, 0o600); err != nil {
 			t.Error(err)
 		}
-	}
-	t.Cleanup(release)
-	return c, release
-}
-
-// waitStuck waits until a cluster has opened its archive, which is just before it asks for its password.
-func (c *cluster) waitStuck(t *testing.T) {
-	t.Helper()
-	for range 2000 {
-		if _, err := os.Stat(filepath.Join(c.cfg.Dir, ".lock")); err == nil {
-			time.Sleep(100 * time.Millisecond)
-			return
+		if err := os.Rename(empty, c.cfg.PasswordFile); err != nil {
+			t.Error(err)
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatalf("%s was never started", c.cfg.Name)
+		pipe.Close() // nil when wait has failed
+	})
+	t.Cleanup(release)
+	return c, wait, release
 }
 
 func TestReloadReportsAClusterThatDoesNotStop(t *testing.T) {
 	const short = 200 * time.Millisecond
-	c, release := stuck(t, "c")
+	c, wait, release := stuck(t, "c")
 	a := newCluster(t, "a")
-	r := run(t, config(10*time.Second, c.cfg, a.cfg))
+	r := run(t, config(patience, c.cfg, a.cfg))
 	r.wait("c connecting", "a streaming")
-	c.waitStuck(t)
+	wait()
 	old := r.receiver("c")
 
 	changed := c.cfg
@@ -261,7 +264,7 @@ func TestReloadReportsAClusterThatDoesNotStop(t *testing.T) {
 	}
 	// It was told to stop: nothing is as it was, even when the file is.
 	release()
-	plan, err := r.Reload(t.Context(), config(10*time.Second, c.cfg, a.cfg))
+	plan, err := r.Reload(t.Context(), config(patience, c.cfg, a.cfg))
 	if err != nil || plan.String() != "restarted c; kept 1" || r.receiver("c") == old {
 		t.Errorf("%s, %v", plan, err)
 	}
@@ -273,7 +276,7 @@ func TestReloadReportsAClusterThatDoesNotStop(t *testing.T) {
 
 func TestRunReturnsAfterAllHaveEnded(t *testing.T) {
 	a, b := newCluster(t, "a"), newCluster(t, "b")
-	r := run(t, config(10*time.Second, a.cfg, b.cfg))
+	r := run(t, config(patience, a.cfg, b.cfg))
 	r.wait("a streaming", "b streaming")
 	if err := r.stop(); err != nil {
 		t.Error(err)
@@ -296,22 +299,26 @@ func TestRunReturnsAfterAllHaveEnded(t *testing.T) {
 }
 
 func TestRunNamesThoseThatDoNotEnd(t *testing.T) {
-	a, _ := stuck(t, "a")
-	c, _ := stuck(t, "c")
+	const short = 5 * time.Second // long enough for one that ends
+	a, waitA, releaseA := stuck(t, "a")
+	c, waitC, releaseC := stuck(t, "c")
 	b := newCluster(t, "b")
-	r := run(t, config(200*time.Millisecond, c.cfg, b.cfg, a.cfg))
+	r := run(t, config(short, c.cfg, b.cfg, a.cfg))
 	r.wait("c connecting", "b streaming", "a connecting")
-	a.waitStuck(t)
-	c.waitStuck(t)
+	waitA()
+	waitC()
 	begun := time.Now()
 	err := r.stop()
 	if err == nil || !strings.Contains(err.Error(), ": a, c;") {
 		t.Errorf("%v", err)
 	}
-	if took := time.Since(begun); took < 200*time.Millisecond || took > 5*time.Second {
+	if took := time.Since(begun); took < short {
 		t.Errorf("took %s", took)
 	}
 	r.wait("c connecting", "b stopped", "a connecting")
+	releaseA()
+	releaseC()
+	r.wait("c stopped", "b stopped", "a stopped")
 }
 
 func TestReloadOfAFleetThatDoesNotRunIsRefused(t *testing.T) {
@@ -320,7 +327,7 @@ func TestReloadOfAFleetThatDoesNotRunIsRefused(t *testing.T) {
 	if _, err := f.Reload(t.Context(), config(time.Second)); err == nil {
 		t.Error("before Run: no error")
 	}
-	r := run(t, config(10*time.Second, a.cfg))
+	r := run(t, config(patience, a.cfg))
 	r.wait("a streaming")
 	if err := r.stop(); err != nil {
 		t.Error(err)
@@ -340,17 +347,17 @@ func TestReloadOfAFleetThatDoesNotRunIsRefused(t *testing.T) {
 // Reloads and a shutdown at the same time neither deadlock nor leave a receiver behind.
 func TestReloadsDuringShutdown(t *testing.T) {
 	a, b := newCluster(t, "a"), newCluster(t, "b")
-	r := run(t, config(10*time.Second, a.cfg))
+	r := run(t, config(patience, a.cfg))
 	r.wait("a streaming")
 	var wg sync.WaitGroup
 	for i := range 6 {
 		wg.Go(func() {
 			changed := a.cfg
 			changed.StatusInterval += time.Duration(i) * time.Second
-			_, _ = r.Reload(t.Context(), config(10*time.Second, changed, b.cfg))
+			_, _ = r.Reload(t.Context(), config(patience, changed, b.cfg))
 		})
 	}
-	time.Sleep(20 * time.Millisecond)
+	time.Sleep(20 * time.Millisecond) // some reloads come before the end, and some after it
 	if err := r.stop(); err != nil {
 		t.Error(err)
 	}
