@@ -2,6 +2,7 @@ package receivewal
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -27,9 +28,14 @@ func askPassword(terminal string, in io.Reader, out io.Writer) (string, error) {
 		return strings.TrimRight(line, "\r\n"), nil
 	}
 	defer tty.Close()
-	defer restoreOnSignal(int(tty.Fd()))()
+	fd := int(tty.Fd())
+	defer restoreOnSignal(fd)()
+	shown, rawErr := term.MakeRaw(fd) // whoever sees the prompt may type already
 	fmt.Fprint(tty, prompt)
-	password, err := term.ReadPassword(int(tty.Fd()))
+	password, err := term.ReadPassword(fd)
+	if rawErr == nil {
+		err = errors.Join(err, term.Restore(fd, shown))
+	}
 	fmt.Fprintln(tty)
 	if err != nil {
 		return "", fmt.Errorf("reading a password: %w", err)
