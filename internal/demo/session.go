@@ -17,6 +17,9 @@ import (
 // returns it.
 const endOfAnswer = "-- walfleet demo: end of answer --"
 
+// closeTimeout bounds how long psql may take to end.
+const closeTimeout = 5 * time.Second
+
 // A session is one connection of the superuser: a psql that is fed statements
 // and read from. It is not for concurrent use, and ends with its first error.
 type session struct {
@@ -32,7 +35,7 @@ func connect(ctx context.Context, s server) (*session, error) {
 	// The process outlives ctx, which bounds connecting only.
 	cmd := s.psql(context.WithoutCancel(ctx))
 	ownGroup(cmd)
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = closeTimeout
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err
@@ -102,7 +105,7 @@ func (db *session) lsn(ctx context.Context, sql string) (wal.LSN, error) {
 // close disconnects and waits for psql's end. Its error says how psql ended.
 func (db *session) close() error {
 	_ = db.in.Close()
-	late := time.AfterFunc(time.Second, db.kill)
+	late := time.AfterFunc(closeTimeout, db.kill)
 	defer late.Stop()
 	return db.cmd.Wait()
 }
