@@ -41,13 +41,15 @@ func TestFullDisk(t *testing.T) {
 	d := startDaemon(t, configText(fs.path, cluster("full", s.conninfo(), `slot = "full"`, `min_free = "0"`)))
 	roomy := startDaemon(t, configText(t.TempDir(), cluster("roomy", s.conninfo(), `slot = "roomy"`)))
 	load := startLoad(t, s)
-	blocked := d.awaitState(t, "full", receiver.Blocked, "no space left on device")
+	d.awaitState(t, "full", receiver.Blocked, "no space left on device")
 	d.log.await(t, "not archiving", "no space left on device", "make room")
 	load.await(t, 200)
 	load.stop()
 	roomy.awaitFlushed(t, "roomy", s.end(t))
-	if restart := s.lsn(t, "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'full'"); restart > blocked.Flushed {
-		t.Errorf("the slot is at %s, on the full disk is WAL up to %s", restart, blocked.Flushed)
+	// An attempt after the first one may have found a little more in the last segment.
+	restart := s.lsn(t, "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'full'")
+	if st := d.status(t, "full"); restart > st.Flushed {
+		t.Errorf("the slot is at %s, on the full disk is WAL up to %s", restart, st.Flushed)
 	}
 
 	fs.remount(t, "size=200m")
