@@ -15,7 +15,8 @@ func TestSynchronousStandby(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, serverOptions{})
 	s.query(t, "CREATE TABLE ticks (i int)")
-	config := configText(t.TempDir(), cluster("orders", s.conninfo()))
+	// No commit waits for a status that is due only, or that the server asks for after half a minute.
+	config := configText(t.TempDir(), cluster("orders", s.conninfo(), `status_interval = "1h"`))
 	d := startDaemon(t, config)
 	d.awaitState(t, "orders", receiver.Streaming)
 	s.set(t, "synchronous_standby_names", "walfleet")
@@ -29,22 +30,18 @@ func TestSynchronousStandby(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close(context.Background())
-	commit := func() time.Duration {
-		begin := time.Now()
-		if _, err := conn.Exec(t.Context(), "INSERT INTO ticks VALUES (1)").ReadAll(); err != nil {
-			t.Fatal(err)
-		}
-		return time.Since(begin)
-	}
+	soon, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
 	var times []time.Duration
-	for range 50 {
-		times = append(times, commit())
+	for n := range 50 {
+		begin := time.Now()
+		if _, err := conn.Exec(soon, "INSERT INTO ticks VALUES (1)").ReadAll(); err != nil {
+			t.Fatalf("after %d commits: %v", n, err)
+		}
+		times = append(times, time.Since(begin))
 	}
 	slices.Sort(times)
 	t.Logf("50 commits: median %s, longest %s", times[25], times[49])
-	if times[25] > 100*time.Millisecond {
-		t.Errorf("the median commit takes %s", times[25])
-	}
 
 	d.stop(t)
 	committed := make(chan error, 1)
@@ -96,7 +93,7 @@ func sampleSender(t *testing.T, s *server, d *daemon, name string, enough func(s
 			t.Errorf("flush_lsn went from %s to %s, write_lsn from %s to %s", last.flush, got.flush, last.write, got.write)
 		}
 		// The status is published a moment after the server was told.
-		await(t, time.Second, fmt.Sprintf("synced up to flush_lsn %s", got.flush), func() (bool, string) {
+		await(t, 10*time.Second, fmt.Sprintf("synced up to flush_lsn %s", got.flush), func() (bool, string) {
 			flushed := d.status(t, name).Flushed
 			return flushed >= got.flush, flushed.String()
 		})
@@ -131,7 +128,6 @@ func TestFlushPositionIsSynced(t *testing.T) {
 		s.query(t, "CREATE TABLE little (i int)")
 		awaitSlotFlushed(t, s, "lazy", s.end(t)) // the next byte begins a new interval
 
-		begin := time.Now()
 		s.query(t, "INSERT INTO little VALUES (1)")
 		end := s.end(t)
 		behind := 0
@@ -140,9 +136,8 @@ func TestFlushPositionIsSynced(t *testing.T) {
 				behind++
 			}
 		}
-		took := time.Since(begin)
-		if behind == 0 || took > 6*time.Second {
-			t.Errorf("flush_lsn reached %s after %s, in %d samples behind write_lsn; flush_interval is 3 s", end, took, behind)
+		if behind == 0 {
+			t.Errorf("flush_lsn was never behind write_lsn on its way to %s; flush_interval is 3 s", end)
 		}
 		d.stop(t)
 		compareArchive(t, d.clusterDir("lazy"), d.status(t, "lazy"), origins{1: s})
