@@ -40,7 +40,7 @@ func TestAcknowledgesWhatWasSynced(t *testing.T) {
 		load.stop()
 		awaitSlotFlushed(t, s, "walfleet", s.end(t))
 		p.signal(t, syscall.SIGTERM)
-		if status, _ := p.exit(t); status != 0 {
+		if status := p.exit(t); status != 0 {
 			t.Errorf("exit status %d", status)
 		}
 		followFile(t, a, trace)

@@ -88,17 +88,15 @@ func (p *program) signal(t testing.TB, sig os.Signal) {
 	}
 }
 
-// exit waits for the program's end, and returns its exit status and how long it took; -1 is the status of
-// one that a signal has ended.
-func (p *program) exit(t testing.TB) (status int, took time.Duration) {
+// exit waits for the program's end, and returns its exit status; -1 is the status of one that a signal has ended.
+func (p *program) exit(t testing.TB) int {
 	t.Helper()
-	begin := time.Now()
 	select {
 	case <-p.ended:
 	case <-time.After(patience):
 		t.Fatalf("walfleet does not end")
 	}
-	return p.cmd.ProcessState.ExitCode(), time.Since(begin)
+	return p.cmd.ProcessState.ExitCode()
 }
 
 // awaitSlotFlushed waits until the walsender of a slot says that everything before lsn is flushed.
@@ -111,8 +109,8 @@ func awaitSlotFlushed(t testing.TB, s *server, slot string, lsn wal.LSN) (last s
 	return last
 }
 
-// compareStopped is compareArchive after a program has ended: its slot is where it acknowledged WAL last. One
-// that was killed may have sealed segments after that.
+// compareStopped is compareArchive after a program has ended well: its slot is where it acknowledged WAL last. One
+// that had no time for a good-bye may have sealed segments after that.
 func compareStopped(t testing.TB, dir string, s *server, slot string) []stored {
 	t.Helper()
 	st := receiver.Status{Timeline: 1, SegmentSize: s.size,
@@ -180,7 +178,7 @@ func TestReloadUnderLoad(t *testing.T) {
 	load.stop()
 	pids("kept", "changed", "added")
 	p.signal(t, syscall.SIGTERM)
-	if status, _ := p.exit(t); status != 0 {
+	if status := p.exit(t); status != 0 {
 		t.Errorf("exit status %d", status)
 	}
 	for _, name := range []string{"kept", "changed", "added", "removed"} {
@@ -198,26 +196,28 @@ func TestRunsAsProgram(t *testing.T) {
 	dir := t.TempDir()
 	config := configText(dir, cluster("orders", s.conninfo()),
 		cluster("nowhere", fmt.Sprintf("host=%s port=%d user=walfleet sslmode=disable", host, freePort(t))))
+	orders := filepath.Join(dir, "orders")
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
-		p := startProgram(t, "shutdown_timeout = \"10s\"\n"+config)
+		p := startProgram(t, config)
 		load := startLoad(t, s)
 		p.stderr.await(t, "caught up, streaming", "cluster=orders", "timeline=1", "lsn=")
 		p.stderr.await(t, "segment sealed", "cluster=orders")
 		p.stderr.await(t, "not archiving", "cluster=nowhere", "connection refused")
 		p.signal(t, sig)
-		status, took := p.exit(t)
+		status := p.exit(t) // 1 when the shutdown took too long
 		load.stop()
-		if status != 0 || took > 5*time.Second {
-			t.Errorf("%s: exit status %d after %s", sig, status, took)
+		if status != 0 {
+			t.Errorf("%s: exit status %d", sig, status)
 		}
 		p.stderr.await(t, "walfleet stopped")
 		if strings.Contains(p.stderr.String(), password) {
 			t.Error("the log shows the password")
 		}
-		compareStopped(t, filepath.Join(dir, "orders"), s, "walfleet")
+		compareStopped(t, orders, s, "walfleet")
 	}
 
 	t.Run("and loses nothing when it is killed", func(t *testing.T) {
+		checked := acknowledged(t, s, "walfleet")
 		for range 3 {
 			p := startProgram(t, config)
 			load := startLoad(t, s)
@@ -225,15 +225,15 @@ func TestRunsAsProgram(t *testing.T) {
 			p.signal(t, syscall.SIGKILL)
 			p.exit(t)
 			load.stop()
-			compareStopped(t, filepath.Join(dir, "orders"), s, "walfleet")
+			checked, _ = checkAcknowledged(t, orders, s, "walfleet", checked)
 		}
 		p := startProgram(t, config)
 		awaitSlotFlushed(t, s, "walfleet", s.end(t))
 		p.signal(t, syscall.SIGTERM)
-		if status, _ := p.exit(t); status != 0 {
+		if status := p.exit(t); status != 0 {
 			t.Errorf("exit status %d", status)
 		}
-		compareStopped(t, filepath.Join(dir, "orders"), s, "walfleet")
+		compareStopped(t, orders, s, "walfleet")
 	})
 }
 
@@ -257,7 +257,7 @@ func TestRefusesToStart(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			p := startProgram(t, tt.config)
-			status, _ := p.exit(t)
+			status := p.exit(t)
 			text := p.stderr.String()
 			if matched, err := regexp.MatchString(tt.stderr, text); err != nil || !matched || status != 1 {
 				t.Errorf("exit status %d, %q; want 1, and %s", status, text, tt.stderr)

@@ -27,7 +27,8 @@ var decompressors = map[string]func(io.Reader) (io.Reader, error){
 	".zst": func(r io.Reader) (io.Reader, error) { return zstd.NewReader(r, zstd.WithDecoderConcurrency(1)) },
 }
 
-// sealedFiles are the sealed segments in a directory by their files' names, and what is not finished there.
+// sealedFiles are the sealed segments in a directory by their files' names, and the compressed files that are not
+// finished.
 func sealedFiles(t testing.TB, dir string, size wal.SegmentSize) (sealed map[string]stored, temporary []string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -38,7 +39,7 @@ func sealedFiles(t testing.TB, dir string, size wal.SegmentSize) (sealed map[str
 	for _, entry := range entries {
 		name := entry.Name()
 		suffix := filepath.Ext(name)
-		if suffix == ".tmp" {
+		if suffix == ".tmp" && decompressors[filepath.Ext(strings.TrimSuffix(name, suffix))] != nil {
 			temporary = append(temporary, name)
 		}
 		segment, err := wal.ParseSegment(strings.TrimSuffix(name, suffix), size)
@@ -104,8 +105,8 @@ func TestCompressesSealedSegments(t *testing.T) {
 			}
 		}
 		p.signal(t, syscall.SIGTERM)
-		if status, took := p.exit(t); status != 0 || took > 5*time.Second {
-			t.Errorf("%s: exit status %d after %s", tt.method, status, took)
+		if status := p.exit(t); status != 0 { // 1 when the shutdown took too long
+			t.Errorf("%s: exit status %d", tt.method, status)
 		}
 		have, temporary := sealedFiles(t, orders, s.size)
 		if len(temporary) > 0 {
@@ -148,14 +149,14 @@ func TestKilledWhileCompressing(t *testing.T) {
 	written, both, other := 0, 0, 0 // kills while a file was written, while both files were there, and otherwise
 	checked := map[string]bool{}
 	sealed := map[wal.Segment]bool{} // at any time
-	for n := range kills {
+	for n := 0; n < kills || written == 0 && n < 10*kills; n++ {
 		p := startProgram(t, config(n))
 		p.stderr.await(t, "caught up, streaming")
 		s.write(t, 8)
 		s.switchWAL(t)
 		// No sleep: what is waited for is over in milliseconds.
 		begun := time.Now()
-		for seen := false; time.Since(begun) < patience/4; {
+		for seen := false; time.Since(begun) < 15*time.Second; {
 			_, temporary := sealedFiles(t, orders, s.size)
 			if len(temporary) > 0 && n%3 > 0 || len(temporary) == 0 && seen {
 				break // it is being written, or has just got its name
@@ -196,7 +197,7 @@ func TestKilledWhileCompressing(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d kills: %d while a file was written or read back, %d while it had its name and the plain one was there, %d at other times", kills, written, both, other)
+	t.Logf("kills: %d while a file was written or read back, %d while it had its name and the plain one was there, %d at other times", written, both, other)
 	if written == 0 {
 		t.Error("no kill came while a file was written")
 	}
@@ -210,7 +211,7 @@ func TestKilledWhileCompressing(t *testing.T) {
 		return len(plain)+len(temporary) == 0, fmt.Sprint(plain, temporary)
 	})
 	p.signal(t, syscall.SIGTERM)
-	if status, _ := p.exit(t); status != 0 {
+	if status := p.exit(t); status != 0 {
 		t.Errorf("exit status %d", status)
 	}
 	compareStopped(t, orders, s, "walfleet")

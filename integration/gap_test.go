@@ -72,7 +72,7 @@ func TestGapIsAPersonsDecision(t *testing.T) {
 			s.write(t, 2)
 			awaitSlotFlushed(t, s, "walfleet", s.end(t))
 			p.signal(t, syscall.SIGTERM)
-			if status, _ := p.exit(t); status != 0 {
+			if status := p.exit(t); status != 0 {
 				t.Errorf("exit status %d", status)
 			}
 

@@ -81,6 +81,18 @@ func agreesUntil(t testing.TB, dir string, s *server, from wal.LSN) wal.LSN {
 	return from
 }
 
+// checkAcknowledged fails the test unless an archive, whatever ended its program, has all WAL that the server of its slot
+// was told is flushed. It returns that position, and where the archive's WAL ends; what is before checked is known.
+func checkAcknowledged(t testing.TB, dir string, s *server, slot string, checked wal.LSN) (promised, have wal.LSN) {
+	t.Helper()
+	promised = acknowledged(t, s, slot)
+	have = agreesUntil(t, dir, s, checked)
+	if have < promised {
+		t.Fatalf("acknowledged is WAL up to %s, the archive has the server's up to %s", promised, have)
+	}
+	return promised, have
+}
+
 func commonPrefix(a, b []byte) int {
 	if bytes.Equal(a, b) {
 		return len(a)
@@ -198,13 +210,9 @@ func killOften(t *testing.T, size wal.SegmentSize, kills int) {
 		p.signal(t, syscall.SIGKILL)
 		p.exit(t)
 		load.stop()
-		promised := acknowledged(t, s, "walfleet")
+		promised, have := checkAcknowledged(t, orders, s, "walfleet", checked)
 		if promised < sampled {
 			t.Errorf("the slot is at %s, flush_lsn was %s before the kill", promised, sampled)
-		}
-		have := agreesUntil(t, orders, s, checked)
-		if have < promised {
-			t.Fatalf("acknowledged is WAL up to %s, the archive has the server's up to %s", promised, have)
 		}
 		complete := lastRecordEnd(t, orders, size, have)
 		checked = promised
@@ -227,7 +235,7 @@ func killOften(t *testing.T, size wal.SegmentSize, kills int) {
 		kills, len(again), again[len(again)/2], again[len(again)-1])
 	awaitSlotFlushed(t, s, "walfleet", s.end(t))
 	p.signal(t, syscall.SIGTERM)
-	if status, _ := p.exit(t); status != 0 {
+	if status := p.exit(t); status != 0 {
 		t.Errorf("exit status %d", status)
 	}
 	compareStopped(t, orders, s, "walfleet")

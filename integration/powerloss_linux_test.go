@@ -156,9 +156,9 @@ func TestPowerLoss(t *testing.T) {
 	s := startServer(t, serverOptions{segment: megabyte})
 	config, orders := configText(fs.path, cluster("orders", s.conninfo())), filepath.Join(fs.path, "orders")
 
-	losses, idle := rounds(3, 25), 0
+	losses, idle := rounds(3, 25), 0 // idle are those before which nothing was acknowledged
 	var checked wal.LSN
-	for range losses {
+	for n := 0; n < losses+idle; n++ {
 		p := startProgram(t, config)
 		p.stderr.await(t, "streaming started")
 		if checked == 0 {
@@ -172,28 +172,24 @@ func TestPowerLoss(t *testing.T) {
 		p.signal(t, syscall.SIGKILL)
 		p.exit(t)
 		load.stop()
-		promised := acknowledged(t, s, "walfleet")
+		fs.remount()
+		promised, _ := checkAcknowledged(t, orders, s, "walfleet", checked)
 		if promised < sampled {
 			t.Errorf("the slot is at %s, flush_lsn was %s before", promised, sampled)
 		}
-		fs.remount()
-		if have := agreesUntil(t, orders, s, checked); have < promised {
-			t.Fatalf("acknowledged is WAL up to %s, on disk the archive has the server's up to %s", promised, have)
-		}
 		t.Logf("acknowledged were %d bytes more", promised-checked)
 		if promised == checked {
-			idle++
+			if idle++; idle > 10*losses {
+				t.Fatalf("%d power losses took nothing that was acknowledged just before", idle)
+			}
 		}
 		checked = promised
-	}
-	if idle > losses/2 {
-		t.Errorf("of %d power losses %d took nothing that was acknowledged just before", losses, idle)
 	}
 
 	p := startProgram(t, config)
 	awaitSlotFlushed(t, s, "walfleet", s.end(t))
 	p.signal(t, syscall.SIGTERM)
-	if status, _ := p.exit(t); status != 0 {
+	if status := p.exit(t); status != 0 {
 		t.Errorf("exit status %d", status)
 	}
 	compareStopped(t, orders, s, "walfleet")
