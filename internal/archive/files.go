@@ -40,8 +40,10 @@ type file interface {
 	Sync() error               // makes content and size durable
 	SyncData() error           // makes content durable; the size was settled before
 	DropCache() error          // makes later reads show what the disk has
-	WriteBack(offset, n int64) // begins to write to the disk, which promises nothing
-	Forget(n int64)            // the first n bytes are not needed in memory any more
+	// WriteBack begins to write to the disk, which promises nothing. After an error a
+	// sync may return nil though bytes are lost.
+	WriteBack(offset, n int64) error
+	Forget(offset, n int64) // what was synced there is not needed in memory any more
 }
 
 // The durable sequences of this package stand here, each in one place.
@@ -261,17 +263,17 @@ func unsyncedOpen(f file, err error) (file, error) {
 	return unsyncedFile{f}, nil
 }
 
-func (unsyncedFile) Sync() error            { return nil }
-func (unsyncedFile) SyncData() error        { return nil }
-func (unsyncedFile) DropCache() error       { return nil }
-func (unsyncedFile) WriteBack(int64, int64) {}
-func (unsyncedFile) Forget(int64)           {}
+func (unsyncedFile) Sync() error                  { return nil }
+func (unsyncedFile) SyncData() error              { return nil }
+func (unsyncedFile) DropCache() error             { return nil }
+func (unsyncedFile) WriteBack(int64, int64) error { return nil }
+func (unsyncedFile) Forget(int64, int64)          {}
 
 // SyncFailed tells whether err is of a sync that failed: what the disk has is not
 // known any more.
 func SyncFailed(err error) bool {
 	var pe *os.PathError
-	return errors.As(err, &pe) && slices.Contains([]string{"sync", "fdatasync", "syncfs"}, pe.Op)
+	return errors.As(err, &pe) && slices.Contains([]string{"sync", "fdatasync", "syncfs", "sync_file_range"}, pe.Op)
 }
 
 // syncDir makes the names in a directory durable.

@@ -13,9 +13,9 @@ func (f osFile) Allocate(size int64) error { return f.Truncate(size) }
 
 func (osFile) DropCache() error { return nil }
 
-func (osFile) WriteBack(int64, int64) {}
+func (osFile) WriteBack(int64, int64) error { return nil }
 
-func (osFile) Forget(int64) {}
+func (osFile) Forget(int64, int64) {}
 
 func (f osFile) SyncData() error { return f.Sync() }
 

@@ -92,6 +92,8 @@ type segment struct {
 	dirty bool
 	begun int64 // up to where the disk was told to write, of what is dirty
 	bulk  bool  // it was told since the last flush
+	gone  int64 // up to where the page cache was told to forget
+	fresh bool  // this Writer made the file: what it has not written reads as zeros
 	ahead int64 // up to where there are zeros that Prepare wrote
 	since int64 // where Prepare looked last, and
 	syncs int64 // how many flushes came since
@@ -409,7 +411,10 @@ func (w *Writer) Write(lsn wal.LSN, p []byte) error {
 		p = p[n:]
 		if end := int64(w.written - seg.Start); end-seg.begun >= seg.step() {
 			// A flush that finds all under way takes less long, and the disk does not wait for it.
-			seg.file.WriteBack(seg.begun, end-seg.begun)
+			if err := seg.file.WriteBack(seg.begun, end-seg.begun); err != nil {
+				w.dir.distrust(seg.Name() + partialSuffix) // the next sync may not say so again
+				return fmt.Errorf("archiving at timeline %d, %s: %w", w.timeline, w.written, err)
+			}
 			seg.begun, seg.bulk = end, true
 		}
 	}
@@ -556,6 +561,7 @@ func (w *Writer) current() (*segment, error) {
 		return nil, err
 	}
 	f, err := w.openPartial(s)
+	fresh := errors.Is(err, fs.ErrNotExist)
 	if err == nil {
 		// Nothing in it counts, but a sync of it may have failed: ext4 then thinks
 		// that pages are on disk that are not, until it has forgotten them.
@@ -564,7 +570,7 @@ func (w *Writer) current() (*segment, error) {
 			return nil, errors.Join(err, f.Close())
 		}
 	}
-	if errors.Is(err, fs.ErrNotExist) {
+	if fresh {
 		name := s.Name() + partialSuffix
 		w.dir.distrust(name) // until its name is durable
 		if f, err = createFile(w.dir.disk, name, int64(s.Size), w.dir.fileMode()); err == nil {
@@ -574,7 +580,7 @@ func (w *Writer) current() (*segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	w.open = append(w.open, &segment{Segment: s, file: f})
+	w.open = append(w.open, &segment{Segment: s, file: f, fresh: fresh})
 	return w.open[len(w.open)-1], nil
 }
 
@@ -594,8 +600,9 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		if s.bulk {
 			// Pages that are used again at once cost less than new ones, and other
 			// programs keep theirs.
-			s.file.Forget(int64(min(w.written, s.End()) - s.Start))
-			s.bulk = false
+			end := int64(min(w.written, s.End()) - s.Start)
+			s.file.Forget(s.gone, end-s.gone)
+			s.bulk, s.gone = false, end
 		}
 	}
 	for w.SealDue() {
@@ -623,7 +630,7 @@ const smallFlush = 32 << 10
 // as without them.
 func (w *Writer) Prepare() error {
 	s := w.segmentAt(w.written)
-	if s == nil {
+	if s == nil || !s.fresh { // an older file may have WAL there that is still worth something to a person
 		return nil
 	}
 	used := int64(max(w.written, w.torn) - s.Start)
