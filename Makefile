@@ -36,7 +36,7 @@ lint: ## formatting, go vet, staticcheck, syntax of the scripts
 	go run $(STATICCHECK) ./...
 	for script in scripts/*.sh .ci/run; do bash -n "$$script" || exit; done
 
-bench: postgresql ## walfleet beside pg_receivewal, written to docs/benchmarks.md: about half an hour, on an idle machine
+bench: postgresql ## walfleet beside pg_receivewal, written to docs/benchmarks.md: about an hour, on an idle machine
 	go run ./bench
 
 demo: build ## two throwaway primaries, and the daemon that archives them

@@ -13,28 +13,11 @@ import (
 
 // catchUpScenario receives the WAL that a slot has kept, of many small records, until its end.
 func catchUpScenario(ctx context.Context, b *bench, segmentSize wal.SegmentSize, amount int64) (err error) {
-	s, err := b.startServer(ctx, segmentSize, "fsync=off", "full_page_writes=on", "wal_keep_size=64GB", "wal_recycle=off",
-		"wal_init_zero=off")
+	s, begin, end, err := b.startBehind(ctx, segmentSize, amount)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	if err := s.createSlot(ctx, "base"); err != nil {
-		return err
-	}
-	// Where a receiver with an empty directory starts: in front of the segment of the slot's position.
-	begin, err := s.flushed(ctx)
-	if err != nil {
-		return err
-	}
-	begin = segmentSize.Segment(1, begin).Start
-	end, err := s.update(ctx, begin+wal.LSN(amount))
-	if err != nil {
-		return err
-	}
-	if err := settle(s.dir); err != nil {
-		return err
-	}
 
 	run := func(parent string, device bool) func(ctx context.Context, c contender) ([]value, error) {
 		return func(ctx context.Context, c contender) (values []value, err error) {
@@ -68,6 +51,31 @@ func catchUpScenario(ctx context.Context, b *bench, segmentSize wal.SegmentSize,
 	fmt.Fprintf(os.Stderr, "  %s: %s\n", memory.title, memory.about)
 	b.report.tables = append(b.report.tables, memory)
 	return nil
+}
+
+// startBehind starts a server whose slot "base" keeps amount bytes of WAL at least, of many small records, from begin, where a
+// receiver with an empty directory starts, to end. There is more WAL behind that: who receives until there need not wait for it.
+func (b *bench) startBehind(ctx context.Context, segmentSize wal.SegmentSize, amount int64) (_ *server, begin, end wal.LSN, err error) {
+	s, err := b.startServer(ctx, segmentSize, "fsync=off", "wal_keep_size=64GB", "wal_recycle=off", "wal_init_zero=off")
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.stop())
+		}
+	}()
+	if err := s.createSlot(ctx, "base"); err != nil {
+		return nil, 0, 0, err
+	}
+	if begin, err = s.flushed(ctx); err != nil {
+		return nil, 0, 0, err
+	}
+	begin = segmentSize.Start(begin)
+	if end, err = s.update(ctx, begin+wal.LSN(amount)); err != nil {
+		return nil, 0, 0, err
+	}
+	return s, begin, end, settle(s.dir)
 }
 
 // update fills a server with WAL of many small records, up to target at least, and returns where it ends. There is more

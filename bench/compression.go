@@ -12,8 +12,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/walfleet/walfleet/internal/wal"
 )
 
 const (
@@ -24,26 +22,12 @@ const (
 // compressionScenario archives compressed segments of several clusters, which are slots on one server.
 func compressionScenario(ctx context.Context, b *bench) (err error) {
 	const segmentSize = 16 << 20
-	s, err := b.startServer(ctx, segmentSize, "fsync=off", "wal_keep_size=64GB", "wal_recycle=off", "wal_init_zero=off")
+	// A segment is sealed once the record that crosses its end is there.
+	s, _, _, err := b.startBehind(ctx, segmentSize, compressSegments*segmentSize+1<<20)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
-	if err := s.createSlot(ctx, "base"); err != nil {
-		return err
-	}
-	begin, err := s.flushed(ctx)
-	if err != nil {
-		return err
-	}
-	begin = wal.SegmentSize(segmentSize).Start(begin)
-	// A segment is sealed once the record that crosses its end is there.
-	if _, err := s.update(ctx, begin+compressSegments*segmentSize+1<<20); err != nil {
-		return err
-	}
-	if err := settle(s.dir); err != nil {
-		return err
-	}
 
 	for _, m := range []struct {
 		name, suffix, level string

@@ -135,8 +135,8 @@ func (s *stream) loop(ctx context.Context) error {
 		}
 		s.noteCaughtUp()
 		s.publish()
-		if err := s.prepare(); err != nil {
-			return err
+		if s.cfg.Synchronous && s.caughtUp && s.unsynced == 0 {
+			s.writer.Prepare() // for the commits to come
 		}
 		// The deadline is given to the socket before ctx is looked at; an
 		// interruption after that ends the Receive.
@@ -256,18 +256,6 @@ func (s *stream) flush() error {
 		return err
 	}
 	s.unsynced = 0
-	return nil
-}
-
-// prepare is for the commits to come, between two flushes.
-func (s *stream) prepare() error {
-	if !s.cfg.Synchronous || !s.caughtUp || s.unsynced > 0 {
-		return nil
-	}
-	if err := s.writer.Prepare(); err != nil {
-		s.dropWriter()
-		return err
-	}
 	return nil
 }
 

@@ -319,10 +319,7 @@ func (v *run) flush(end wal.LSN) error {
 	if err := v.acknowledge(end); err != nil || v.calm || v.r.IntN(2) == 0 {
 		return err
 	}
-	if err := v.w.Prepare(); err != nil {
-		v.dropWriter()
-		return err
-	}
+	v.w.Prepare()
 	return nil
 }
 

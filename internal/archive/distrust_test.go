@@ -3,6 +3,7 @@ package archive
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -12,11 +13,12 @@ import (
 	"github.com/walfleet/walfleet/internal/wal"
 )
 
-// failingDisk is a disk whose files can lose a write that they were to sync, once: the sync fails, and later ones
-// say that all is well.
+// failingDisk is a disk whose files can lose a write that they were to sync, or to begin with, once: that fails, and
+// later syncs say that all is well.
 type failingDisk struct {
 	disk
-	fail bool // the next sync of a file's data
+	fail  bool // the next sync of a file's data
+	early bool // the next beginning of that
 }
 
 func (d *failingDisk) OpenWrite(name string) (file, error) { return d.wrap(d.disk.OpenWrite(name)) }
@@ -39,6 +41,14 @@ type failingFile struct {
 func (f *failingFile) SyncData() error { return f.sync(f.file.SyncData) }
 func (f *failingFile) Sync() error     { return f.sync(f.file.Sync) }
 
+func (f *failingFile) WriteBack(offset, n int64) error {
+	if f.disk.early {
+		f.disk.early = false
+		return &os.PathError{Op: "sync_file_range", Err: syscall.EIO}
+	}
+	return f.file.WriteBack(offset, n)
+}
+
 func (f *failingFile) sync(sync func() error) error {
 	if f.disk.fail {
 		f.disk.fail = false
@@ -59,7 +69,14 @@ func TestFileWhoseSyncFailedIsReplaced(t *testing.T) {
 	end := g.End()
 	g.FillTo(begin + wal.LSN(size) + 9000)
 
-	for what, more := range map[string]wal.LSN{"in the middle of a segment": 0, "in its end": wal.LSN(size) / 2} {
+	for what, tt := range map[string]struct {
+		more  wal.LSN
+		early bool
+	}{
+		"in the middle of a segment": {0, false},
+		"in its end":                 {wal.LSN(size) / 2, false},
+		"when it was begun early":    {wal.LSN(size) / 4, true},
+	} {
 		path := t.TempDir()
 		d, err := Open(path)
 		if err != nil {
@@ -85,11 +102,13 @@ func TestFileWhoseSyncFailedIsReplaced(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		if err := w.Write(w.Pos(), g.Bytes(w.Pos(), end+more)); err != nil {
-			t.Fatal(err)
+		fd.early = tt.early
+		err = w.Write(w.Pos(), g.Bytes(w.Pos(), end+tt.more))
+		if err == nil && !tt.early {
+			fd.fail = true
+			_, err = w.Flush()
 		}
-		fd.fail = true
-		if _, err := w.Flush(); err == nil || w.Durable() != durable {
+		if !errors.Is(err, syscall.EIO) || w.Durable() != durable {
 			t.Fatalf("%s: a sync failed: %v, durable %s, was %s", what, err, w.Durable(), durable)
 		}
 		w.Close()

@@ -93,7 +93,7 @@ type segment struct {
 	begun int64 // up to where the disk was told to write, of what is dirty
 	bulk  bool  // it was told since the last flush
 	gone  int64 // up to where the page cache was told to forget
-	fresh bool  // this Writer made the file: what it has not written reads as zeros
+	fresh bool  // this Writer made the file: behind written it has never had anything
 	ahead int64 // up to where there are zeros that Prepare wrote
 	since int64 // where Prepare looked last, and
 	syncs int64 // how many flushes came since
@@ -623,31 +623,33 @@ var zeroes [1 << 20]byte
 // gain more from zeros ahead than writing those costs.
 const smallFlush = 32 << 10
 
-// Prepare makes the small flushes that follow cheaper: it writes zeros behind all
-// that the current segment has, when few are left there and flushes were small. A
-// flush into blocks that were allocated but never written waits for the file
-// system's journal as well. The zeros need no flush: they are what the file reads
-// as without them.
-func (w *Writer) Prepare() error {
+// Prepare makes the small flushes that follow cheaper: it writes zeros behind
+// Written, when few are left there and flushes were small. A flush into blocks that
+// were allocated but never written waits for the file system's metadata as well.
+//
+// It leaves a file alone that was there before: WAL behind a damaged byte does not
+// count as written, and is worth something to a person until it comes again. In a new
+// one the zeros are what it reads as without them, so nothing depends on them, and
+// they need no flush; nor does it matter when they cannot be written.
+func (w *Writer) Prepare() {
 	s := w.segmentAt(w.written)
-	if s == nil || !s.fresh { // an older file may have WAL there that is still worth something to a person
-		return nil
+	if s == nil || !s.fresh {
+		return
 	}
-	used := int64(max(w.written, w.torn) - s.Start)
+	used := int64(w.written - s.Start)
 	if left := s.ahead - used; left > s.step()/8 || left <= 0 && used-s.since < s.step()/8 {
-		return nil // enough is left, or too little came to judge by
+		return // enough is left, or too little came to judge by
 	}
 	small := used-s.since <= s.syncs*smallFlush
 	s.since, s.syncs = used, 0
 	from, to := max(s.ahead, used), min(used+s.step(), int64(s.Size))
 	if !small || from >= to {
-		return nil
+		return
 	}
 	if _, err := s.file.WriteAt(zeroes[:to-from], from); err != nil {
-		return fmt.Errorf("writing zeros ahead of timeline %d, %s: %w", w.timeline, w.written, err)
+		to = int64(s.Size) // no more of that here
 	}
 	s.ahead = to
-	return nil
 }
 
 // seal gives a full segment its final name.

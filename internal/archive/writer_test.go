@@ -93,13 +93,6 @@ func flush(t testing.TB, w *archive.Writer) []wal.Segment {
 	return sealed
 }
 
-func prepare(t testing.TB, w *archive.Writer) {
-	t.Helper()
-	if err := w.Prepare(); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // complete is the end of the last record of g that ends at or before l.
 func complete(g *pgtest.WAL, l wal.LSN) wal.LSN {
 	last := begin
@@ -498,17 +491,51 @@ func TestZerosAheadTakeNothingAway(t *testing.T) {
 		path := t.TempDir()
 		d := open(t, path)
 		w := openTail(t, d)
-		prepare(t, w) // there is no segment yet
+		w.Prepare() // there is no segment yet
 		for w.Pos() < g.End() {
 			write(t, w, g, size, min(w.Pos()+wal.LSN(size), g.End()))
-			prepare(t, w)
+			w.Prepare()
 			flush(t, w)
-			prepare(t, w)
+			w.Prepare()
 		}
 		wantContent(t, path, g, g.End(), g.End())
-		prepare(t, openTail(t, d))
+		openTail(t, d).Prepare()
 		wantContent(t, path, g, g.End(), g.End())
 	}
+}
+
+// A damaged byte ends what an archive has, for the walker. The acknowledged WAL behind it stays in the file while it
+// is received again in small pieces, whether that comes to its end or not.
+func TestZerosAheadSpareWhatFollowsADamagedByte(t *testing.T) {
+	g := walTo(begin + 900<<10)
+	path := t.TempDir()
+	d := open(t, path)
+	w := openTail(t, d)
+	write(t, w, g, 3000, g.End())
+	flush(t, w)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	const damaged = begin + 200<<10 + 100
+	f, err := os.OpenFile(filepath.Join(path, name(1, 0)+".partial"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{^g.Bytes(damaged, damaged+1)[0]}, int64(damaged-begin)); err != nil {
+		t.Fatal(err)
+	}
+
+	w = openTail(t, d)
+	if w.Written() >= damaged {
+		t.Fatalf("the archive goes on at %s, behind the damaged byte at %s", w.Written(), damaged)
+	}
+	for end := begin + 400<<10; w.Pos() < end; {
+		write(t, w, g, 3000, min(w.Pos()+3000, end))
+		flush(t, w)
+		w.Prepare()
+	}
+	wantContent(t, path, g, g.End(), begin)
 }
 
 // BenchmarkWriter writes and flushes pieces of a size; the file system counts as well.
