@@ -15,8 +15,63 @@ import (
 	"time"
 )
 
-// commitsScenario measures commits that wait for the archiver, the server's synchronous standby.
-func commitsScenario(ctx context.Context, b *bench) (err error) {
+// journalScenario measures commits on a file system of its own, ext4 with a journal: where the disk's has none, a sync
+// costs little more than the data, whatever an archiver did to spare the metadata.
+func journalScenario(ctx context.Context, b *bench) error {
+	if os.Geteuid() != 0 {
+		b.report.tables = append(b.report.tables, table{title: "Synchronous commits, a journaled ext4",
+			about: "Not measured: to mount a file system takes root."})
+		return nil
+	}
+	return onJournal(ctx, b.dir, func(dir string) error {
+		there := *b
+		there.dir = dir
+		err := measureCommits(ctx, &there, "a journaled ext4")
+		b.report = there.report
+		return err
+	})
+}
+
+// journalSize is that of the file system: a server with pgbench's tables, its WAL and an archive.
+const journalSize = 12 << 30
+
+// onJournal calls f with the directory of an ext4 with a journal, in a file in dir through a loop device. That takes
+// root, and mkfs.ext4 and mount.
+func onJournal(ctx context.Context, dir string, f func(dir string) error) (err error) {
+	image, mounted := filepath.Join(dir, "journal.img"), filepath.Join(dir, "journal")
+	run := func(ctx context.Context, name string, args ...string) error {
+		if out, err := command(ctx, name, args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w: %s", name, err, lastLines(out, 3))
+		}
+		return nil
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(image), os.RemoveAll(mounted)) }()
+	// Written, so that the disk's own file system has nothing left to do.
+	if err := run(ctx, "dd", "if=/dev/zero", "of="+image, "bs=1M", fmt.Sprintf("count=%d", journalSize>>20), "oflag=direct"); err != nil {
+		return err
+	}
+	if err := run(ctx, "mkfs.ext4", "-q", "-F", "-O", "has_journal", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0", image); err != nil {
+		return err
+	}
+	if err := os.Mkdir(mounted, 0o755); err != nil {
+		return err
+	}
+	if err := run(ctx, "mount", "-o", "loop", image, mounted); err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		err = errors.Join(err, run(ctx, "umount", mounted))
+	}()
+	return f(mounted)
+}
+
+// commitsScenario measures commits on the disk as it is.
+func commitsScenario(ctx context.Context, b *bench) error { return measureCommits(ctx, b, "") }
+
+// measureCommits measures commits that wait for the archiver, the server's synchronous standby.
+func measureCommits(ctx context.Context, b *bench, where string) (err error) {
 	s, err := b.startServer(ctx, 16<<20, "synchronous_standby_names='*'")
 	if err != nil {
 		return err
@@ -31,9 +86,14 @@ func commitsScenario(ctx context.Context, b *bench) (err error) {
 		if clients == 1 {
 			title = "Synchronous commits, 1 client"
 		}
+		disk := "the same disk"
+		if where != "" {
+			title += ", " + where
+			disk = where + ", made for this in a file on the disk above"
+		}
 		t := table{title: title, about: fmt.Sprintf("pgbench's TPC-B transactions for %d s (`-M prepared`, scale 64) on a server with "+
 			"fsync = on, whose synchronous standby is the archiver: `pg_receivewal --synchronous`, or the daemon with its default "+
-			"configuration; segments of 16 MB. No checkpoint comes, so no record has a full page. Server and archive are on the same disk, pgbench on the same processors.", seconds)}
+			"configuration; segments of 16 MB. No checkpoint comes, so no record has a full page. Server and archive are on %s, pgbench on the same processors.", seconds, disk)}
 		err := b.measure(ctx, t, func(ctx context.Context, c contender) (values []value, err error) {
 			err = b.archiving(ctx, c, s, s.port, func() error {
 				tps, all, err := s.load(ctx, clients, seconds)

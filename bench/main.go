@@ -38,6 +38,7 @@ var scenarios = []scenario{
 	{"catchup-16MB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 16<<20, 3<<29) }},
 	{"catchup-1GB", func(ctx context.Context, b *bench) error { return catchUpScenario(ctx, b, 1<<30, 2<<30) }},
 	{"commits", commitsScenario},
+	{"journal", journalScenario},
 	{"new-segment", newSegmentScenario},
 	{"reconnect", reconnectScenario},
 	{"fleet-1", func(ctx context.Context, b *bench) error { return fleetScenario(ctx, b, 1) }},
