@@ -76,7 +76,7 @@ func scaleOnce(ctx context.Context, b *bench, dir string, sources []source) (val
 		})
 		return err
 	}
-	// reload changes the first n clusters, and reads the file anew.
+	// reload changes the first n clusters in what a connection depends on, and reads the file anew.
 	reload := func(ps *processes, name string, n int, line string) error {
 		p := ps.all[0]
 		reloads, starts := p.log.count(reloaded), p.log.count(streams)
@@ -99,10 +99,10 @@ func scaleOnce(ctx context.Context, b *bench, dir string, sources []source) (val
 		return nil, err
 	}
 	err = daemon("start", func(ps *processes) error {
-		if err := reload(ps, "reload that changes 1 cluster", 1, `status_interval = "9s"`); err != nil {
+		if err := reload(ps, "reload that changes 1 cluster", 1, `application_name = "one"`); err != nil {
 			return err
 		}
-		if err := reload(ps, fmt.Sprintf("reload that changes %d clusters", len(sources)), len(sources), `status_interval = "8s"`); err != nil {
+		if err := reload(ps, fmt.Sprintf("reload that changes %d clusters", len(sources)), len(sources), `application_name = "all"`); err != nil {
 			return err
 		}
 		if err := pause(ctx, 10*time.Second); err != nil {

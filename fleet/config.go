@@ -45,15 +45,17 @@ func defaultConfig() Config {
 
 func defaultCluster() receiver.Config {
 	return receiver.Config{
-		Slot:           "walfleet",
-		CreateSlot:     true,
-		Synchronous:    true,
-		Source:         receiver.SourcePrimary,
-		OnGap:          receiver.GapHalt,
-		MinFree:        100 << 20,
-		StatusInterval: 10 * time.Second,
-		ReceiveTimeout: 60 * time.Second,
-		FlushInterval:  10 * time.Second,
+		Slot:        "walfleet",
+		CreateSlot:  true,
+		Synchronous: true,
+		Source:      receiver.SourcePrimary,
+		Adjustable: receiver.Adjustable{
+			OnGap:          receiver.GapHalt,
+			MinFree:        100 << 20,
+			StatusInterval: 10 * time.Second,
+			ReceiveTimeout: 60 * time.Second,
+			FlushInterval:  10 * time.Second,
+		},
 	}
 }
 
@@ -67,6 +69,31 @@ func Load(path string) (*Config, error) {
 		return nil, fmt.Errorf("configuration file: %w", err)
 	}
 	return Parse(path, data)
+}
+
+// Locate is the runtime directory that a configuration file names, however wrong the
+// rest of the file is: a daemon that runs with what the file was before can be reached
+// all the same. "" when it cannot be told.
+func Locate(path string) string {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	var dirs struct {
+		Archive string `toml:"archive_dir"`
+		Runtime string `toml:"runtime_dir"`
+	}
+	for line := range strings.Lines(strings.TrimPrefix(string(data), "\ufeff")) {
+		if strings.HasPrefix(strings.TrimSpace(line), "[") {
+			break
+		}
+		_, _ = toml.Decode(line, &dirs) // a line that is wrong says nothing
+	}
+	dir := cmp.Or(dirs.Runtime, dirs.Archive)
+	if !filepath.IsAbs(dir) {
+		return ""
+	}
+	return filepath.Clean(dir)
 }
 
 // Parse validates a whole configuration and fills in its defaults: a cluster's
@@ -123,10 +150,16 @@ func decode(name string, data []byte) (map[string]any, error) {
 	return nil, fmt.Errorf("%s:%d:%d: %s", name, n, column, oneLine(message))
 }
 
-// A setting is one key of the file, and how its value gets into a T.
+// A setting is one key of the file, and its value in a T.
 type setting[T any] struct {
 	key string
-	set func(dst *T, value any) error // the error says what is wrong and what is right
+	value[T]
+}
+
+// A value gets into a T, and out again.
+type value[T any] struct {
+	set  func(dst *T, value any) error // the error says what is wrong and what is right
+	show func(src *T) any              // as the file would have it
 }
 
 var topSettings = []setting[Config]{
@@ -150,7 +183,7 @@ var defaultSettings = []setting[receiver.Config]{
 	{"flush_interval", duration(func(c *receiver.Config) *time.Duration { return &c.FlushInterval }, 10*time.Millisecond, day, false)},
 	{"source", oneOf(func(c *receiver.Config) *string { return &c.Source }, receiver.SourcePrimary, receiver.SourceAny)},
 	{"on_gap", oneOf(func(c *receiver.Config) *string { return &c.OnGap }, receiver.GapHalt, receiver.GapRecord)},
-	{"compress", compression},
+	{"compress", value[receiver.Config]{compression, func(c *receiver.Config) any { return c.Compress.String() }}},
 	{"min_free", size(func(c *receiver.Config) *int64 { return &c.MinFree }, 1<<50)},
 	{"application_name", text(func(c *receiver.Config) *string { return &c.ApplicationName }, checkApplicationName)},
 	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
@@ -188,8 +221,9 @@ func keys[T any](settings []setting[T]) []string {
 const day = 24 * time.Hour
 
 // text is a string without NUL bytes for which check returns nil.
-func text[T any](field func(*T) *string, check func(string) error) func(*T, any) error {
-	return func(dst *T, value any) error {
+func text[T any](field func(*T) *string, check func(string) error) value[T] {
+	get := func(src *T) any { return *field(src) }
+	return value[T]{show: get, set: func(dst *T, value any) error {
 		s, ok := value.(string)
 		if !ok {
 			return wrongType("a string in quotes", value)
@@ -202,10 +236,10 @@ func text[T any](field func(*T) *string, check func(string) error) func(*T, any)
 		}
 		*field(dst) = s
 		return nil
-	}
+	}}
 }
 
-func oneOf[T any](field func(*T) *string, allowed ...string) func(*T, any) error {
+func oneOf[T any](field func(*T) *string, allowed ...string) value[T] {
 	return text(field, func(s string) error {
 		if !slices.Contains(allowed, s) {
 			return fmt.Errorf("%s is not one of %s", show(s), strings.Join(allowed, ", "))
@@ -214,25 +248,27 @@ func oneOf[T any](field func(*T) *string, allowed ...string) func(*T, any) error
 	})
 }
 
-func boolean[T any](field func(*T) *bool) func(*T, any) error {
-	return func(dst *T, value any) error {
+func boolean[T any](field func(*T) *bool) value[T] {
+	get := func(src *T) any { return *field(src) }
+	return value[T]{show: get, set: func(dst *T, value any) error {
 		b, ok := value.(bool)
 		if !ok {
 			return wrongType("true or false, without quotes", value)
 		}
 		*field(dst) = b
 		return nil
-	}
+	}}
 }
 
 // duration is a string such as "10s", from least to most (both inclusive), or
 // zero where that means "off".
-func duration[T any](field func(*T) *time.Duration, least, most time.Duration, orOff bool) func(*T, any) error {
+func duration[T any](field func(*T) *time.Duration, least, most time.Duration, orOff bool) value[T] {
 	allowed := fmt.Sprintf("%q to %q", shortDuration(least), shortDuration(most))
 	if orOff {
 		allowed += `, or "0s" for none`
 	}
-	return func(dst *T, value any) error {
+	get := func(src *T) any { return shortDuration(*field(src)) }
+	return value[T]{show: get, set: func(dst *T, value any) error {
 		s, ok := value.(string)
 		if !ok {
 			return wrongType(`a number and a unit in quotes, such as "10s"`, value)
@@ -246,7 +282,7 @@ func duration[T any](field func(*T) *time.Duration, least, most time.Duration, o
 		}
 		*field(dst) = d
 		return nil
-	}
+	}}
 }
 
 // compression is a method for sealed segments, with a level or not.
@@ -265,8 +301,9 @@ func compression(c *receiver.Config, value any) error {
 
 // size is a string such as "100MB", in PostgreSQL's units (of 1024), up to most
 // bytes inclusive; "0" is none.
-func size[T any](field func(*T) *int64, most int64) func(*T, any) error {
-	return func(dst *T, value any) error {
+func size[T any](field func(*T) *int64, most int64) value[T] {
+	get := func(src *T) any { return showSize(*field(src)) }
+	return value[T]{show: get, set: func(dst *T, value any) error {
 		s, ok := value.(string)
 		if !ok {
 			return wrongType(`a number and a unit in quotes, such as "100MB"`, value)
@@ -284,7 +321,18 @@ func size[T any](field func(*T) *int64, most int64) func(*T, any) error {
 		}
 		*field(dst) = n * unit
 		return nil
+	}}
+}
+
+// showSize is a size in the largest unit that it is a multiple of.
+func showSize(n int64) string {
+	units := []string{"kB", "MB", "GB", "TB"}
+	for i := len(units) - 1; i >= 0 && n != 0; i-- {
+		if unit := int64(1) << (10 * (i + 1)); n%unit == 0 {
+			return strconv.FormatInt(n/unit, 10) + units[i]
+		}
 	}
+	return strconv.FormatInt(n, 10)
 }
 
 // shortDuration is d without zero minutes and seconds: "24h", not "24h0m0s".

@@ -56,8 +56,11 @@ name = "B-2.x_"
 conninfo = "postgresql://db2/"
 `)
 	cluster := receiver.Config{
-		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary", OnGap: "halt", MinFree: 100 << 20,
-		StatusInterval: 10 * time.Second, ReceiveTimeout: time.Minute, FlushInterval: 10 * time.Second,
+		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary",
+		Adjustable: receiver.Adjustable{
+			OnGap: "halt", MinFree: 100 << 20,
+			StatusInterval: 10 * time.Second, ReceiveTimeout: time.Minute, FlushInterval: 10 * time.Second,
+		},
 	}
 	a, b := cluster, cluster
 	a.Name, a.Dir, a.Conninfo = "a", "/archive/a", "host=db1"
@@ -118,12 +121,15 @@ password_file = "/run/secrets/pw"
 `)
 	own := receiver.Config{
 		Name: "own", Dir: "/archive/own", Conninfo: "host=db1",
-		CreateSlot: true, Synchronous: true, StatusInterval: time.Second, ReceiveTimeout: 2 * time.Hour,
-		FlushInterval: time.Second, Source: "primary", OnGap: "halt", MinFree: 3 << 30, Slot: "own",
+		CreateSlot: true, Synchronous: true, Source: "primary", Slot: "own",
+		Adjustable: receiver.Adjustable{
+			OnGap: "halt", MinFree: 3 << 30, StatusInterval: time.Second, ReceiveTimeout: 2 * time.Hour, FlushInterval: time.Second,
+		},
 	}
 	def := receiver.Config{
 		Name: "default", Dir: "/archive/default", Conninfo: "host=db1",
-		ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond, Source: "any", OnGap: "record", Slot: "common",
+		Source: "any", Slot: "common",
+		Adjustable:      receiver.Adjustable{OnGap: "record", ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond},
 		Compress:        archive.Compression{Method: "gzip", Level: 9},
 		ApplicationName: "archive of db1", PasswordFile: "/run/secrets/pw",
 	}
@@ -572,6 +578,11 @@ func TestEveryFieldHasItsKey(t *testing.T) {
 	checkFields(t, clusterSettings, "Dir", "SlotAsIs", "NoSync", "EndPos") // those of receivewal have none
 }
 
+// visibleFields are a struct's fields, with those of an embedded one and not itself.
+func visibleFields[T any]() []reflect.StructField {
+	return slices.DeleteFunc(reflect.VisibleFields(reflect.TypeFor[T]()), func(f reflect.StructField) bool { return f.Anonymous })
+}
+
 func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
 	values := []any{true, "any", "record", "json", "debug", "lz4", "/x", "30m", "1MB"}
 	set := make(map[string]string) // field to key
@@ -583,10 +594,10 @@ func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
 			}
 		}
 		fields := 0
-		for i := range reflect.TypeFor[T]().NumField() {
-			if !reflect.ValueOf(dst).Field(i).IsZero() {
+		for _, field := range visibleFields[T]() {
+			if !reflect.ValueOf(dst).FieldByIndex(field.Index).IsZero() {
 				fields++
-				name := reflect.TypeFor[T]().Field(i).Name
+				name := field.Name
 				if set[name] != "" {
 					t.Errorf("%s is set by %s and %s", name, set[name], s.key)
 				}
@@ -597,8 +608,8 @@ func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
 			t.Errorf("%s sets %d fields of %T, want 1", s.key, fields, dst)
 		}
 	}
-	for i := range reflect.TypeFor[T]().NumField() {
-		name := reflect.TypeFor[T]().Field(i).Name
+	for _, field := range visibleFields[T]() {
+		name := field.Name
 		if (set[name] == "") != slices.Contains(others, name) {
 			t.Errorf("%v.%s is set by %q", reflect.TypeFor[T](), name, set[name])
 		}

@@ -20,7 +20,13 @@ func TestDiff(t *testing.T) {
 	}
 	changed := func(name string) receiver.Config {
 		c := cluster(name)
+		c.Synchronous, c.MinFree = !c.Synchronous, c.MinFree+1
+		return c
+	}
+	adjusted := func(name string) receiver.Config {
+		c := cluster(name)
 		c.StatusInterval += time.Second
+		c.OnGap = receiver.GapRecord
 		return c
 	}
 	list := func(cs ...receiver.Config) []receiver.Config { return cs }
@@ -47,13 +53,14 @@ func TestDiff(t *testing.T) {
 			text: "kept 2",
 		}, {
 			name: "one of each",
-			old:  list(cluster("gone"), cluster("changed"), cluster("same")),
-			new:  list(cluster("same"), changed("changed"), cluster("new")),
+			old:  list(cluster("gone"), cluster("changed"), cluster("adjusted"), cluster("same")),
+			new:  list(cluster("same"), adjusted("adjusted"), changed("changed"), cluster("new")),
 			want: Plan{
 				Start: []string{"new"}, Stop: []string{"gone"},
-				Restart: []string{"changed"}, Keep: []string{"same"},
+				Restart: []string{"changed"}, Adjust: []string{"adjusted"}, Keep: []string{"same"},
+				Changed: map[string][]string{"changed": {"min_free", "synchronous"}, "adjusted": {"on_gap", "status_interval"}},
 			},
-			text: "started new; restarted changed; stopped gone; kept 1",
+			text: "started new; restarted changed; adjusted adjusted; stopped gone; kept 1",
 		}, {
 			name: "a new name is a new cluster",
 			old:  list(cluster("a")),
@@ -75,11 +82,12 @@ func TestDiff(t *testing.T) {
 }
 
 // Every field of a cluster's configuration counts: a reload that changes any
-// one of them restarts that cluster.
+// one of them restarts that cluster, or adjusts it if the field is one that a running
+// receiver can take.
 func TestDiffSeesEveryField(t *testing.T) {
 	old := defaultCluster()
 	old.Name = "a"
-	for _, field := range reflect.VisibleFields(reflect.TypeFor[receiver.Config]()) {
+	for _, field := range visibleFields[receiver.Config]() {
 		if field.Name == "Name" {
 			continue
 		}
@@ -99,7 +107,11 @@ func TestDiffSeesEveryField(t *testing.T) {
 			t.Fatalf("%s has a kind that this test does not know: %s", field.Name, v.Kind())
 		}
 		plan := Diff([]receiver.Config{old}, []receiver.Config{new})
-		if !slices.Equal(plan.Restart, []string{"a"}) {
+		got := plan.Restart
+		if _, ok := reflect.TypeFor[receiver.Adjustable]().FieldByName(field.Name); ok {
+			got = plan.Adjust
+		}
+		if !slices.Equal(got, []string{"a"}) {
 			t.Errorf("%s changed, plan is %+v", field.Name, plan)
 		}
 	}
@@ -115,6 +127,7 @@ func TestDiffProperty(t *testing.T) {
 			c := receiver.Config{Name: fmt.Sprintf("c%02d", n)}
 			c.Slot = rapid.SampledFrom([]string{"x", "y"}).Draw(t, "slot")
 			c.Synchronous = rapid.Bool().Draw(t, "synchronous")
+			c.MinFree = rapid.Int64Range(0, 1).Draw(t, "min_free")
 			clusters = append(clusters, c)
 		}
 		return clusters
@@ -133,7 +146,7 @@ func TestDiffProperty(t *testing.T) {
 
 		lists := 0 // how many names the lists hold, repetitions included
 		seen := make(map[string]bool)
-		for _, names := range [][]string{plan.Start, plan.Stop, plan.Restart, plan.Keep} {
+		for _, names := range [][]string{plan.Start, plan.Stop, plan.Restart, plan.Adjust, plan.Keep} {
 			if !slices.IsSorted(names) {
 				t.Fatalf("not sorted: %q", names)
 			}
@@ -160,12 +173,21 @@ func TestDiffProperty(t *testing.T) {
 			}
 			fleet[n] = newMap[n]
 		}
+		for _, n := range plan.Adjust {
+			if oldMap[n] == newMap[n] {
+				t.Fatalf("%s is adjusted without a change", n)
+			}
+			c := fleet[n]
+			c.Adjustable = newMap[n].Adjustable
+			fleet[n] = c
+		}
 		if !maps.Equal(fleet, newMap) {
 			t.Fatalf("the plan leads to %v, want %v", fleet, newMap)
 		}
 		for _, n := range plan.Restart {
-			if oldMap[n] == newMap[n] {
-				t.Fatalf("%s is restarted without a change", n)
+			c := oldMap[n]
+			if c.Adjustable = newMap[n].Adjustable; c == newMap[n] {
+				t.Fatalf("%s is restarted without need", n)
 			}
 		}
 	})

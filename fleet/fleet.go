@@ -36,16 +36,21 @@ type Fleet struct {
 // member is one cluster's receiver.
 type member struct {
 	cfg      receiver.Config
+	report   ClusterReport // of cfg alone
 	receiver *receiver.Receiver
 	stop     context.CancelFunc
-	stopping bool          // stop was called; it cannot be kept
+	stopping time.Time     // when a reload called stop, after which it cannot be kept; zero: none did
+	next     *member       // what is started when it has stopped; nil: nothing
 	done     chan struct{} // closed when Run has returned
+	gone     chan struct{} // closed when next has taken its place
 }
 
 // ClusterStatus is the status of one cluster's receiver.
 type ClusterStatus struct {
-	Name string
+	Name     string
+	Stopping time.Time // when a reload told it to stop; zero: none did
 	receiver.Status
+	configured ClusterReport
 }
 
 // New makes a fleet that does nothing yet.
@@ -60,7 +65,7 @@ func New(cfg *Config, log *slog.Logger) *Fleet {
 }
 
 func (f *Fleet) newMember(c receiver.Config) *member {
-	return &member{cfg: c, receiver: receiver.New(c, f.log, f.compressors), stop: func() {}, done: make(chan struct{})}
+	return &member{cfg: c, report: configured(c), receiver: receiver.New(c, f.log, f.compressors), stop: func() {}, done: make(chan struct{}), gone: make(chan struct{})}
 }
 
 // Run archives until ctx is done. It then stops all receivers at once, and
@@ -124,11 +129,22 @@ func (f *Fleet) unfinished() []string {
 	return names
 }
 
-// Reload makes the fleet run cfg instead: it stops, starts and restarts what the
-// plan says, in parallel, and does not touch a cluster whose values are the
-// same. A cluster that does not stop within the shutdown timeout keeps its place
-// and is named in the error; nothing is started on top of it, and the next
-// Reload replaces it, whatever its values are then.
+// StuckError names clusters that did not stop in time.
+type StuckError struct {
+	Names   []string // sorted
+	Timeout time.Duration
+}
+
+func (e *StuckError) Error() string {
+	return fmt.Sprintf("not stopped after %s (shutdown_timeout): %s; what replaces them is started when they have stopped", e.Timeout, strings.Join(e.Names, ", "))
+}
+
+// Reload makes the fleet run cfg instead: it stops, starts, restarts and adjusts what
+// the plan says, in parallel, and does not touch a cluster whose values are the same,
+// but that one that is halted is looked at again. The plan that it returns is what was
+// done. A cluster that does not stop within the shutdown timeout is not in it but in a
+// *StuckError: nothing is started on top of it, and what is to replace it starts when
+// it has stopped, unless a later Reload decides otherwise.
 func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 	f.reload.Lock()
 	defer f.reload.Unlock()
@@ -139,91 +155,124 @@ func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 		return Plan{}, errors.New("the fleet is not running")
 	}
 	var running []receiver.Config
-	for name, m := range f.members {
-		if m.stopping { // by an earlier reload, in vain: equal to nothing
-			running = append(running, receiver.Config{Name: name})
-			continue
-		}
+	for _, m := range f.members {
 		running = append(running, m.cfg)
 	}
 	plan := Diff(running, cfg.Clusters)
+	for name, m := range f.members {
+		if !m.stopping.IsZero() { // by an earlier reload, in vain
+			plan.restart(name)
+		}
+	}
 	fresh := map[string]*member{}
 	for _, c := range cfg.Clusters {
-		if !slices.Contains(plan.Keep, c.Name) {
+		m := f.members[c.Name]
+		switch _, found := slices.BinarySearch(plan.Adjust, c.Name); {
+		case found:
+			m.cfg, m.report = c, configured(c)
+			m.receiver.Adjust(c.Adjustable)
+		case slices.Contains(plan.Keep, c.Name):
+			m.receiver.LookAgain()
+		default:
 			fresh[c.Name] = f.newMember(c)
 		}
 	}
 	f.mu.Unlock()
 
+	done := plan
+	done.Start, done.Stop, done.Restart = nil, nil, nil
 	var wait sync.WaitGroup
-	var stuck stuckNames
-	for _, name := range slices.Concat(plan.Stop, plan.Restart, plan.Start) {
-		wait.Go(func() {
-			if !f.replace(ctx, name, fresh[name], cfg.ShutdownTimeout) {
-				stuck.add(name)
-			}
-		})
+	var mu sync.Mutex // guards done and stuck
+	var stuck []string
+	for _, list := range []struct{ names, done *[]string }{{&plan.Start, &done.Start}, {&plan.Stop, &done.Stop}, {&plan.Restart, &done.Restart}} {
+		for _, name := range *list.names {
+			wait.Go(func() {
+				ok := f.replace(ctx, name, fresh[name], cfg.ShutdownTimeout)
+				mu.Lock()
+				defer mu.Unlock()
+				if ok {
+					*list.done = append(*list.done, name)
+				} else {
+					stuck = append(stuck, name)
+				}
+			})
+		}
 	}
 	wait.Wait()
+	for _, names := range done.lists() {
+		slices.Sort(*names)
+	}
 
 	f.mu.Lock()
 	f.cfg = cfg
+	stopped := f.base == nil
 	f.mu.Unlock()
 	for _, name := range plan.Stop {
 		f.log.Warn("cluster removed: its files stay, and so does its replication slot, which retains WAL on the primary until it is dropped", "cluster", name)
 	}
-	return plan, stuck.err(cfg.ShutdownTimeout)
+	if stopped || ctx.Err() != nil {
+		return done, errors.New("the fleet was stopped while it was reloaded")
+	}
+	if len(stuck) > 0 {
+		slices.Sort(stuck)
+		return done, &StuckError{stuck, cfg.ShutdownTimeout}
+	}
+	return done, nil
 }
 
 // replace stops a cluster's receiver, where there is one, and starts the next,
 // where there is one. It reports false when the old one did not stop in time.
 func (f *Fleet) replace(ctx context.Context, name string, next *member, timeout time.Duration) bool {
 	f.mu.Lock()
+	if f.base == nil {
+		f.mu.Unlock()
+		return false
+	}
 	old := f.members[name]
-	if old != nil {
-		old.stopping = true
-	}
-	f.mu.Unlock()
-	if old != nil {
-		old.stop()
-		timer := time.NewTimer(timeout)
-		defer timer.Stop()
-		select {
-		case <-old.done:
-		case <-ctx.Done():
-			return false
-		case <-timer.C:
-			return false
-		}
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.members, name)
-	if next != nil && f.base != nil {
+	if old == nil {
 		f.members[name] = next
 		f.start(next)
+		f.mu.Unlock()
+		return true
 	}
-	return true
-}
-
-// stuckNames collects the clusters that did not stop.
-type stuckNames struct {
-	mu    sync.Mutex
-	names []string
-}
-
-func (s *stuckNames) add(name string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.names = append(s.names, name)
-}
-
-func (s *stuckNames) err(timeout time.Duration) error {
-	if len(s.names) == 0 {
-		return nil
+	old.next = next
+	if old.stopping.IsZero() {
+		old.stopping = time.Now()
+		old.stop()
+		f.group.Go(func() error {
+			<-old.done
+			f.succeed(name, old, timeout)
+			return nil
+		})
 	}
-	slices.Sort(s.names)
-	return fmt.Errorf("not stopped after %s (shutdown_timeout), and left as they were: %s; reload again", timeout, strings.Join(s.names, ", "))
+	f.mu.Unlock()
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-old.gone:
+		return true
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	return false
+}
+
+// succeed takes away a receiver that has stopped, and starts what comes after it.
+func (f *Fleet) succeed(name string, old *member, timeout time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	defer close(old.gone)
+	if took := time.Since(old.stopping); took > timeout {
+		f.log.Info("the receiver that did not stop in time has stopped", "cluster", name, "after", took.Round(time.Second))
+	}
+	if f.base == nil {
+		return
+	}
+	delete(f.members, name)
+	if old.next != nil {
+		f.members[name] = old.next
+		f.start(old.next)
+	}
 }
 
 // Decide hands a person's decision to a cluster's receiver; see
@@ -247,15 +296,20 @@ func (f *Fleet) Status() []ClusterStatus {
 	for _, c := range f.cfg.Clusters {
 		if m := f.members[c.Name]; m != nil {
 			listed[c.Name] = true
-			all = append(all, ClusterStatus{c.Name, m.receiver.Status()})
+			all = append(all, m.status())
 		}
 	}
 	var rest []ClusterStatus // being removed
 	for name, m := range f.members {
 		if !listed[name] {
-			rest = append(rest, ClusterStatus{name, m.receiver.Status()})
+			rest = append(rest, m.status())
 		}
 	}
 	slices.SortFunc(rest, func(a, b ClusterStatus) int { return strings.Compare(a.Name, b.Name) })
 	return append(all, rest...)
+}
+
+// status is a member's; f.mu is held.
+func (m *member) status() ClusterStatus {
+	return ClusterStatus{m.cfg.Name, m.stopping, m.receiver.Status(), m.report}
 }

@@ -3,12 +3,14 @@ package fleet
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,6 +25,7 @@ import (
 // cluster is a scripted server behind a unix socket, and how to archive it.
 type cluster struct {
 	*pgtest.Server
+	wal *pgtest.WAL
 	cfg receiver.Config
 }
 
@@ -33,10 +36,9 @@ func newCluster(t *testing.T, name string) *cluster {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	c := &cluster{pgtest.NewServer(t, pgtest.State{}), defaultCluster()}
-	w := pgtest.NewWAL(pgtest.WALConfig{SystemID: 42})
-	w.Append(make([]byte, 1000))
-	c.Publish(w)
+	c := &cluster{pgtest.NewServer(t, pgtest.State{}), pgtest.NewWAL(pgtest.WALConfig{SystemID: 42}), defaultCluster()}
+	c.wal.Append(make([]byte, 1000))
+	c.Publish(c.wal)
 	ln, err := net.Listen("unix", filepath.Join(dir, ".s.PGSQL.5432"))
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +149,7 @@ func TestReloadDoesNotTouchAnEqualCluster(t *testing.T) {
 	kept, replaced, first := r.receiver("a"), r.receiver("b"), b.Streams()[0]
 
 	for i := range 3 {
-		b.cfg.StatusInterval += time.Second
+		b.cfg.ApplicationName += "x"
 		plan, err := r.Reload(t.Context(), config(patience, b.cfg, a.cfg))
 		if err != nil || plan.String() != "restarted b; kept 1" {
 			t.Fatalf("%s, %v", plan, err)
@@ -252,23 +254,98 @@ func TestReloadReportsAClusterThatDoesNotStop(t *testing.T) {
 	old := r.receiver("c")
 
 	changed := c.cfg
-	changed.StatusInterval += time.Second
-	for range 2 {
-		plan, err := r.Reload(t.Context(), config(short, changed, a.cfg))
-		if err == nil || !strings.Contains(err.Error(), ": c;") || plan.String() != "restarted c; kept 1" {
+	changed.ApplicationName = "another"
+	for _, cfg := range []receiver.Config{changed, c.cfg, changed} { // told to stop, nothing is as it was, even when the file is
+		plan, err := r.Reload(t.Context(), config(short, cfg, a.cfg))
+		var stuck *StuckError
+		if !errors.As(err, &stuck) || !slices.Equal(stuck.Names, []string{"c"}) || plan.String() != "kept 1" {
 			t.Errorf("%s, %v", plan, err)
 		}
-		if r.receiver("c") != old {
-			t.Error("another receiver was started on top of it")
+		if r.receiver("c") != old || r.Status()[0].Stopping.IsZero() {
+			t.Error("another receiver was started on top of it, or nothing says that it has been told to stop")
 		}
 	}
-	// It was told to stop: nothing is as it was, even when the file is.
+	// It is not forgotten: what the last file said follows by itself.
 	release()
-	plan, err := r.Reload(t.Context(), config(patience, c.cfg, a.cfg))
-	if err != nil || plan.String() != "restarted c; kept 1" || r.receiver("c") == old {
-		t.Errorf("%s, %v", plan, err)
-	}
 	r.wait("c streaming", "a streaming")
+	if r.receiver("c") == old || !r.Status()[0].Stopping.IsZero() || c.Streams()[0].Startup()["application_name"] != "another" {
+		t.Errorf("not replaced: %+v", r.Status()[0])
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A cluster that is removed, and put back before it has stopped, has one receiver all the time.
+func TestStuckClusterThatIsRemovedAndComesBack(t *testing.T) {
+	const short = 100 * time.Millisecond
+	c, wait, release := stuck(t, "c")
+	a := newCluster(t, "a")
+	r := run(t, config(patience, c.cfg, a.cfg))
+	wait()
+	for _, clusters := range [][]receiver.Config{{a.cfg}, {a.cfg, c.cfg}, {a.cfg}} {
+		if _, err := r.Reload(t.Context(), config(short, clusters...)); !errors.As(err, new(*StuckError)) {
+			t.Errorf("%v", err)
+		}
+	}
+	r.wait("a streaming", "c connecting") // told to stop, and still there
+	release()
+	r.wait("a streaming")
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A change that a running receiver can take costs no connection, and ends what it was about.
+func TestReloadAdjustsWithoutAReconnect(t *testing.T) {
+	a := newCluster(t, "a")
+	r := run(t, config(patience, a.cfg))
+	r.wait("a streaming")
+	same := r.receiver("a")
+	full := a.cfg
+	full.MinFree = 1 << 60
+	for _, step := range []struct {
+		cfg  receiver.Config
+		want string
+	}{{full, "a blocked"}, {a.cfg, "a streaming"}} {
+		plan, err := r.Reload(t.Context(), config(patience, step.cfg))
+		if err != nil || plan.String() != "adjusted a; kept 0" {
+			t.Fatalf("%s, %v", plan, err)
+		}
+		r.wait(step.want)
+	}
+	if r.receiver("a") != same || len(a.Streams()) != 1 || a.Streams()[0].Ended().Gone {
+		t.Error("the connection was made anew")
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whoever reloads may have mended something beside the file.
+func TestReloadLooksAgainAtAHaltedCluster(t *testing.T) {
+	a := newCluster(t, "a")
+	if err := os.MkdirAll(a.cfg.Dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	meta := filepath.Join(a.cfg.Dir, "archive.json")
+	if err := os.WriteFile(meta, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := run(t, config(patience, a.cfg))
+	r.wait("a halted")
+	halted := r.Status()[0].Since
+	if err := os.Remove(meta); err != nil {
+		t.Fatal(err)
+	}
+	plan, err := r.Reload(t.Context(), config(patience, a.cfg))
+	if err != nil || plan.String() != "kept 1" {
+		t.Fatalf("%s, %v", plan, err)
+	}
+	r.wait("a streaming")
+	if took := r.Status()[0].Since.Sub(halted); took >= 30*time.Second {
+		t.Errorf("streaming after %s, when it would have been looked at without the reload", took)
+	}
 	if err := r.stop(); err != nil {
 		t.Error(err)
 	}
@@ -353,7 +430,7 @@ func TestReloadsDuringShutdown(t *testing.T) {
 	for i := range 6 {
 		wg.Go(func() {
 			changed := a.cfg
-			changed.StatusInterval += time.Duration(i) * time.Second
+			changed.ApplicationName = fmt.Sprint(i)
 			_, _ = r.Reload(t.Context(), config(patience, changed, b.cfg))
 		})
 	}

@@ -76,7 +76,7 @@ func TestMessageDoesNotAllocate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	st := newStream(t, Config{Synchronous: true, StatusInterval: time.Hour, ReceiveTimeout: time.Hour})
+	st := newStream(t, Config{Synchronous: true, Adjustable: Adjustable{StatusInterval: time.Hour, ReceiveTimeout: time.Hour}})
 	if st.Stream, _, err = conn.StartStream(t.Context(), "", 1, origin); err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +144,7 @@ func BenchmarkHandle(b *testing.B) {
 			for b.Loop() {
 				if at+size > segment { // the same segment again, in another directory
 					b.StopTimer()
-					st, at = newStream(b, Config{MinFree: -1}), 0
+					st, at = newStream(b, Config{Adjustable: Adjustable{MinFree: -1, ReceiveTimeout: time.Hour}}), 0
 					b.StartTimer()
 				}
 				m := pgrepl.Message{Kind: pgrepl.WALData, Start: origin + wal.LSN(at), Data: data[at : at+size], ServerEnd: w.End()}

@@ -28,9 +28,10 @@ type compressing struct {
 	done chan struct{}
 	wake chan struct{} // has one while there are new segments
 
-	mu     sync.Mutex
-	sealed []wal.Segment // since it looked last
-	list   bool          // there may be more in the directory
+	mu      sync.Mutex
+	sealed  []wal.Segment        // since it looked last
+	list    bool                 // there may be more in the directory
+	waiting map[wal.Segment]bool // all that it knows of and has not compressed
 }
 
 // startCompressing starts it, if there is something to do and to do it with.
@@ -40,7 +41,7 @@ func (r *Receiver) startCompressing() {
 		return
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	c := &compressing{stop: stop, done: make(chan struct{}), wake: make(chan struct{}, 1)}
+	c := &compressing{stop: stop, done: make(chan struct{}), wake: make(chan struct{}, 1), waiting: map[wal.Segment]bool{}}
 	r.compressing = c
 	dir := r.dir
 	go func() {
@@ -63,11 +64,38 @@ func (r *Receiver) compressLater(sealed []wal.Segment, list bool) {
 	}
 	c.mu.Lock()
 	c.sealed, c.list = append(c.sealed, sealed...), c.list || list
+	r.waitFor(c, sealed)
 	c.mu.Unlock()
 	select {
 	case c.wake <- struct{}{}:
 	default:
 	}
+}
+
+// waitFor counts segments as waiting, beside those that do. c.mu is held.
+func (r *Receiver) waitFor(c *compressing, segments []wal.Segment) {
+	for _, s := range segments {
+		c.waiting[s] = true
+	}
+	r.backlog.Store(int64(len(c.waiting)))
+}
+
+// waitForAll makes plain, which are all that the directory has, and what was sealed
+// since then those that wait.
+func (r *Receiver) waitForAll(c *compressing, plain []wal.Segment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.waiting)
+	r.waitFor(c, c.sealed)
+	r.waitFor(c, plain)
+}
+
+// waitsNot says that a segment is compressed, or gone.
+func (r *Receiver) waitsNot(c *compressing, s wal.Segment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.waiting, s)
+	r.backlog.Store(int64(len(c.waiting)))
 }
 
 // stopCompressing ends it. A segment that is being compressed stays plain.
@@ -93,9 +121,11 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 		c.sealed, c.list = nil, false
 		c.mu.Unlock()
 		if list {
-			segments, err = dir.Plain(size)
+			if segments, err = dir.Plain(size); err == nil {
+				r.waitForAll(c, segments)
+			}
 		}
-		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless, true))
+		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless, c))
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -130,21 +160,24 @@ var (
 )
 
 // compressAll compresses segments. Those that need a person become hopeless, and
-// are left out from then on. Where it yields, it leaves off with errCatchingUp once
-// the receiver does that.
-func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool, yields bool) error {
+// are left out from then on. For c it leaves off with errCatchingUp once the receiver
+// does that; c is nil when nothing is received any more.
+func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool, c *compressing) error {
 	var errs []error
 	for _, s := range segments {
 		if hopeless[s] {
 			continue
 		}
-		if yields && r.state.Load().State == CatchingUp {
+		if c != nil && r.state.Load().State == CatchingUp {
 			errs = append(errs, errCatchingUp)
 			break
 		}
 		err := r.compressSegment(ctx, dir, s)
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		if err == nil && c != nil {
+			r.waitsNot(c, s)
 		}
 		if errors.As(err, new(*archive.FileError)) {
 			hopeless[s] = true
@@ -170,7 +203,7 @@ func (r *Receiver) compressSegment(ctx context.Context, dir *archive.Dir, s wal.
 	}
 	// The next segment to be received must still fit beside min_free. Where that has
 	// no room already, compressing makes some.
-	room := 2*int64(s.Size) + max(r.cfg.MinFree, 0)
+	room := 2*int64(s.Size) + max(r.settings().MinFree, 0)
 	if r.state.Load().State == Blocked {
 		room = int64(s.Size)
 	}
@@ -200,7 +233,7 @@ func (r *Receiver) CompressSealed(ctx context.Context) error {
 		return nil
 	}
 	segments, err := r.dir.Plain(r.dir.SegmentSize())
-	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}, false))
+	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}, nil))
 }
 
 // NewCompressors makes what bounds the work of all receivers that share it: how

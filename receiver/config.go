@@ -34,14 +34,21 @@ type Config struct {
 	SlotAsIs    bool                // do not ask about Slot over an ordinary connection, nor make it anew, whatever became of it
 	Synchronous bool                // flush as soon as nothing more waits to be read
 	Source      string              // SourcePrimary or SourceAny
-	OnGap       string              // GapHalt or GapRecord
-	MinFree     int64               // bytes of the archive's file system that are left free; below 0: a full disk ends the session
 	Compress    archive.Compression // of sealed segments
 	NoSync      bool                // sync nothing; what is acknowledged then survives no crash of the machine
 
-	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
-	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead
-	FlushInterval  time.Duration // longest time that received WAL stays unsynced when not Synchronous; 0: until its segment ends
-
 	EndPos wal.LSN // RunOnce returns once WAL beyond it has come; 0: never
+
+	Adjustable
+}
+
+// Adjustable are the settings of a Config that a running receiver takes at once,
+// without a reconnect: see [Receiver.Adjust].
+type Adjustable struct {
+	OnGap   string // GapHalt or GapRecord
+	MinFree int64  // bytes of the archive's file system that are left free; below 0: a full disk ends the session
+
+	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
+	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead; a command or a write that is under way keeps the one of before
+	FlushInterval  time.Duration // longest time that received WAL stays unsynced when not Synchronous; 0: until its segment ends
 }

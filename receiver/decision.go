@@ -67,6 +67,8 @@ func (r *Receiver) halt(ctx context.Context, pause time.Duration, err error) boo
 			return false
 		case <-timer.C:
 			return true
+		case <-r.again:
+			return true
 		case d := <-r.decisions:
 			r.pending = d.answer
 			if !d.since.Equal(r.state.Load().Since) {

@@ -712,6 +712,11 @@ func TestBackoffGrowsUntilASessionWasSustained(t *testing.T) {
 	})
 }
 
+// allOf is progress with n everywhere.
+func allOf(n int64) progress {
+	return progress{wal.Timeline(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), n, n, n, n, n, n, [2]mark{{n, n}, {n, n}}}
+}
+
 // Readers see one consistent snapshot, without a lock. Run it with -race.
 func TestProgressIsNeverTorn(t *testing.T) {
 	var c progressCell
@@ -723,7 +728,7 @@ func TestProgressIsNeverTorn(t *testing.T) {
 			for {
 				p := c.load()
 				n := p.received
-				if want := (progress{wal.Timeline(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), n, n, n, n}); p != want || n < last {
+				if want := allOf(n); p != want || n < last {
 					t.Errorf("torn: %+v after %d", p, last)
 					return
 				}
@@ -737,7 +742,7 @@ func TestProgressIsNeverTorn(t *testing.T) {
 		})
 	}
 	for n := int64(1); n <= 200000; n++ {
-		c.store(progress{wal.Timeline(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), n, n, n, n})
+		c.store(allOf(n))
 	}
 	close(stop)
 	wg.Wait()

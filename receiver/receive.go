@@ -22,6 +22,7 @@ const (
 type stream struct {
 	*session
 	*pgrepl.Stream
+	in        *Adjustable // the settings that deadlines were made with
 	caughtUp  bool
 	unsynced  int64     // bytes written since the last flush
 	oldest    time.Time // when the first of them came
@@ -31,6 +32,8 @@ type stream struct {
 	asked     bool      // the server was asked for a reply, and has not been heard since
 	replying  bool      // to a keepalive that asked for it; all that was received is synced
 	silenceAt time.Time // when to look at lastHeard again
+	goal      wal.LSN   // where the server's WAL ended at goalAt, and the archive's did not; 0: nothing is remembered
+	goalAt    time.Time
 	spaceAt   time.Time // when to look at the free space again
 }
 
@@ -38,7 +41,7 @@ type stream struct {
 // or an error. Then it flushes what it can.
 func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTimeline, error) {
 	now := time.Now()
-	st := &stream{session: s, Stream: ps, lastHeard: now, silenceAt: now.Add(s.cfg.ReceiveTimeout / 2)}
+	st := &stream{session: s, Stream: ps, lastHeard: now}
 	s.now.timeline, s.now.serverEnd = s.writer.Timeline(), s.id.XLogPos
 	if err := s.setHold(); err != nil {
 		return pgrepl.NextTimeline{}, err
@@ -107,6 +110,8 @@ func (s *stream) interruptible(ctx context.Context) error {
 			<-interrupted
 		}
 	}()
+	s.setReceiving(s.Stream)
+	defer s.setReceiving(nil)
 	return s.loop(ctx)
 }
 
@@ -121,6 +126,7 @@ func (s *stream) loop(ctx context.Context) error {
 		return err
 	}
 	for {
+		s.takeSettings()
 		if err := s.flushIfDue(); err != nil {
 			return err
 		}
@@ -138,14 +144,17 @@ func (s *stream) loop(ctx context.Context) error {
 		if s.cfg.Synchronous && s.caughtUp && s.unsynced == 0 {
 			s.writer.Prepare() // for the commits to come
 		}
-		// The deadline is given to the socket before ctx is looked at; an
-		// interruption after that ends the Receive.
+		// The deadline is given to the socket before ctx and the settings are looked
+		// at; an interruption after that ends the Receive.
 		deadline := s.deadline()
 		if err := s.SetDeadline(deadline); err != nil {
 			return err
 		}
 		if ctx.Err() != nil {
 			return nil
+		}
+		if s.in != s.settings() {
+			continue
 		}
 		msg, err := s.Receive()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -157,6 +166,18 @@ func (s *stream) loop(ctx context.Context) error {
 		if err := s.handle(ctx, msg); err != nil {
 			return err
 		}
+	}
+}
+
+// takeSettings goes by the settings that hold now. The server has the time of a new
+// receive_timeout to be heard.
+func (s *stream) takeSettings() {
+	if now := s.settings(); s.in != now {
+		if s.in != nil {
+			s.lastHeard, s.asked = time.Now(), false
+		}
+		s.in, s.spaceAt = now, time.Time{}
+		s.silenceAt = s.lastHeard.Add(now.ReceiveTimeout / 2)
 	}
 }
 
@@ -216,7 +237,9 @@ func (s *stream) handle(ctx context.Context, msg pgrepl.Message) error {
 		s.log.Warn("the server replaced the archive's last incomplete record; what the archive had of it is kept aside",
 			"timeline", a.Timeline, "lsn", a.LSN, "end", a.End, "file", a.File)
 	}
-	if n := int64(s.writer.Written() - before); n > 0 {
+	n := int64(s.writer.Written() - before)
+	s.now.again += int64(len(msg.Data)) - n
+	if n > 0 {
 		if s.unsynced == 0 {
 			s.oldest = s.lastHeard
 		}
@@ -234,7 +257,7 @@ func (s *stream) flushIfDue() error {
 		if s.cfg.Synchronous {
 			due = s.unsynced >= maxUnsyncedBytes || age >= maxUnsyncedAge || s.Drained()
 		} else {
-			due = s.cfg.FlushInterval > 0 && age >= s.cfg.FlushInterval
+			due = s.in.FlushInterval > 0 && age >= s.in.FlushInterval
 		}
 	}
 	if !due {
@@ -289,19 +312,19 @@ func (s *stream) statusIfDue() error {
 	if !now.Before(s.silenceAt) {
 		silent := now.Sub(s.lastHeard)
 		switch {
-		case silent >= s.cfg.ReceiveTimeout:
+		case silent >= s.in.ReceiveTimeout:
 			return fmt.Errorf("no message from the server for %s (receive_timeout)", silent.Round(time.Millisecond))
-		case silent >= s.cfg.ReceiveTimeout/2:
-			s.silenceAt = s.lastHeard.Add(s.cfg.ReceiveTimeout)
+		case silent >= s.in.ReceiveTimeout/2:
+			s.silenceAt = s.lastHeard.Add(s.in.ReceiveTimeout)
 			if !s.asked {
 				s.asked = true
 				return s.sendStatus(true)
 			}
 		default:
-			s.silenceAt = s.lastHeard.Add(s.cfg.ReceiveTimeout / 2)
+			s.silenceAt = s.lastHeard.Add(s.in.ReceiveTimeout / 2)
 		}
 	}
-	if s.flushPosition() > s.reported || s.cfg.StatusInterval > 0 && now.Sub(s.lastSent) >= s.cfg.StatusInterval {
+	if s.flushPosition() > s.reported || s.in.StatusInterval > 0 && now.Sub(s.lastSent) >= s.in.StatusInterval {
 		return s.sendStatus(false)
 	}
 	return nil
@@ -323,10 +346,10 @@ func (s *stream) sendStatus(ask bool) error {
 // the same over many messages: moving it costs more than waking up for nothing.
 func (s *stream) deadline() time.Time {
 	d := s.silenceAt
-	if s.cfg.StatusInterval > 0 {
-		d = earlier(d, s.lastSent.Add(s.cfg.StatusInterval))
+	if s.in.StatusInterval > 0 {
+		d = earlier(d, s.lastSent.Add(s.in.StatusInterval))
 	}
-	patience := s.cfg.FlushInterval
+	patience := s.in.FlushInterval
 	if s.cfg.Synchronous {
 		patience = maxUnsyncedAge
 	}
@@ -357,8 +380,33 @@ func (s *stream) noteCaughtUp() {
 func (s *stream) publish() {
 	if s.writer != nil {
 		s.now.written, s.now.flushed = s.writer.Written(), s.writer.Durable()
+		if s.unsynced == 0 {
+			s.now.synced = s.now.written
+		}
 	}
+	at := s.lastHeard // or whatever else made the loop go round last
+	if s.lastSent.After(at) {
+		at = s.lastSent
+	}
+	s.now.note(at)
+	s.noteAge(at)
 	s.Receiver.progress.store(s.now)
+}
+
+// noteAge takes down since when the archive has all that the server had. While WAL
+// keeps coming it never has quite all, so what the server had at one time is
+// remembered until the archive has that.
+func (s *stream) noteAge(at time.Time) {
+	if s.now.flushed >= s.goal && s.goal != 0 {
+		s.now.caughtUp = s.goalAt.UnixNano()
+		s.goal = 0
+	}
+	switch {
+	case s.now.flushed >= s.now.serverEnd && s.now.lastMessage != 0:
+		s.now.caughtUp = s.now.lastMessage
+	case s.goal == 0:
+		s.goal, s.goalAt = s.now.serverEnd, at
+	}
 }
 
 // finish ends a timeline together with the server.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,15 +39,22 @@ const (
 // Receiver archives one cluster. Make it with New, then either run it once with Run,
 // or call RunOnce as often as needed, and Close.
 type Receiver struct {
-	cfg  Config
+	cfg  Config // without its Adjustable: see settings
 	log  *slog.Logger
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network
 	free func() (int64, error)                                                // nil: the archive's file system
 
+	adjusted    atomic.Pointer[Adjustable] // never nil
+	waking      sync.Mutex
+	receiving   *pgrepl.Stream // guarded by waking: what an Adjust wakes; nil: nothing
+	again       chan struct{}  // has one when a halted cluster is to be looked at
 	state       atomic.Pointer[Status]
 	progress    progressCell
 	panics      atomic.Int64
 	compressed  atomic.Int64
+	backlog     atomic.Int64        // sealed segments that wait to be compressed
+	gaps        atomic.Int64        // that the archive has on record, when last looked at
+	room        atomic.Int64        // free bytes of the archive's file system, plus 1; 0: not known
 	compressors *semaphore.Weighted // shared with other receivers
 	decisions   chan decision
 	done        chan struct{} // closed when Run has returned
@@ -73,9 +81,49 @@ type Receiver struct {
 // New makes a receiver that does nothing yet. compressors are those of the process;
 // see NewCompressors.
 func New(cfg Config, log *slog.Logger, compressors *semaphore.Weighted) *Receiver {
-	r := &Receiver{cfg: cfg, compressors: compressors, log: log.With("cluster", cfg.Name), decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
+	r := &Receiver{cfg: cfg, compressors: compressors, log: log.With("cluster", cfg.Name), again: make(chan struct{}, 1),
+		decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
+	r.adjusted.Store(&cfg.Adjustable)
+	r.cfg.Adjustable = Adjustable{} // nobody goes by what may have changed
 	r.state.Store(&Status{State: Connecting, Since: time.Now()})
 	return r
+}
+
+// settings are those that hold now. They are read where they are used; the pointer
+// stays the same until the next Adjust.
+func (r *Receiver) settings() *Adjustable { return r.adjusted.Load() }
+
+// Adjust makes the receiver go by other settings from now on, whatever it is doing:
+// its connection stays, and a cluster that is halted is looked at again. Any
+// goroutine may call it.
+func (r *Receiver) Adjust(a Adjustable) {
+	r.adjusted.Store(&a)
+	r.waking.Lock()
+	if r.receiving != nil {
+		r.receiving.Wake()
+	}
+	r.waking.Unlock()
+	r.LookAgain()
+}
+
+// setReceiving says which stream waits for messages, and may be woken; nil: none.
+func (r *Receiver) setReceiving(s *pgrepl.Stream) {
+	r.waking.Lock()
+	defer r.waking.Unlock()
+	r.receiving = s
+}
+
+// LookAgain makes a receiver whose cluster is halted try again now, rather than
+// after a while: whoever asks may have mended something. In any other state it
+// changes nothing that is under way. Any goroutine may call it.
+func (r *Receiver) LookAgain() {
+	if r.state.Load().State != Halted {
+		return
+	}
+	select {
+	case r.again <- struct{}{}:
+	default:
+	}
 }
 
 // Run archives until ctx is done, through all trouble. It then flushes, tells
@@ -106,7 +154,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		}
 		t := classify(err)
 		var gap *gapError
-		if errors.As(err, &gap) && r.cfg.OnGap == GapRecord {
+		if errors.As(err, &gap) && r.settings().OnGap == GapRecord {
 			t = trouble{Backoff, "gap", 0, ""} // it cannot be recorded yet
 		}
 		pause := t.pause
@@ -119,7 +167,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 				r.log.Debug("closing the archive", "error", err)
 			}
 		}
-		r.setState(t.state, err.Error())
+		r.setTrouble(t.state, err)
 		reported = r.reportTrouble(reported, t, err, pause)
 		wait := sleep
 		if t.state == Halted {
@@ -153,7 +201,7 @@ func (r *Receiver) RunOnce(ctx context.Context) error {
 		if t.state == Halted {
 			err = errors.Join(err, r.release()) // whoever mends this may have to change the directory
 		}
-		r.setState(t.state, err.Error())
+		r.setTrouble(t.state, err)
 		return err
 	}
 }
@@ -247,7 +295,7 @@ func (r *Receiver) options() pgrepl.Options {
 	return pgrepl.Options{
 		ApplicationName: r.cfg.ApplicationName,
 		PasswordFile:    r.cfg.PasswordFile,
-		Timeout:         r.cfg.ReceiveTimeout,
+		Timeout:         r.settings().ReceiveTimeout,
 		Dial:            r.dial,
 	}
 }

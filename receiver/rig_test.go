@@ -104,8 +104,8 @@ func newRig(t *testing.T, size wal.SegmentSize) *rig {
 		truth: map[wal.Timeline]image{}, judged: map[wal.Timeline]wal.LSN{},
 		cfg: Config{
 			Name: "blue", Dir: filepath.Join(t.TempDir(), "blue"), Conninfo: "host=db user=archiver sslmode=disable", Slot: "walfleet",
-			CreateSlot: true, Synchronous: true, Source: SourcePrimary, OnGap: GapHalt,
-			StatusInterval: 10 * time.Second, ReceiveTimeout: 60 * time.Second, FlushInterval: 5 * time.Second,
+			CreateSlot: true, Synchronous: true, Source: SourcePrimary,
+			Adjustable: Adjustable{OnGap: GapHalt, StatusInterval: 10 * time.Second, ReceiveTimeout: 60 * time.Second, FlushInterval: 5 * time.Second},
 		},
 	}
 	g.srv.OnStream = func(st *pgtest.Stream) {

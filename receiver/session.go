@@ -35,6 +35,10 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 		}
 		r.startCompressing() // the server may be away for long
 	}
+	r.gaps.Store(int64(len(r.dir.Gaps())))
+	if free, err := r.dir.Free(); err == nil { // the server may be away for long
+		r.room.Store(free + 1)
+	}
 	s := &session{Receiver: r}
 	if err := s.connect(ctx); err != nil {
 		return false, err
@@ -396,7 +400,7 @@ func (s *session) noteGap(ctx context.Context, err error) error {
 		return gap // not known, or in the segment that the server writes: nothing to go on from yet
 	}
 	switch {
-	case s.cfg.OnGap == GapRecord:
+	case s.settings().OnGap == GapRecord:
 		return s.recordGap(gap, tli, "on_gap")
 	case s.accepted != nil && s.accepted.tli == gap.tli && s.accepted.next == gap.next:
 		return s.recordGap(gap, tli, string(AcceptGap))
@@ -415,6 +419,7 @@ func (s *session) recordGap(gap *gapError, tli wal.Timeline, by string) error {
 	if err := s.dir.RecordGap(archive.Gap{Timeline: tli, From: gap.next, To: gap.to, Reason: reason, Time: time.Now()}); err != nil {
 		return err
 	}
+	s.gaps.Add(1)
 	s.log.Error("gap recorded: this WAL is missing in the archive for good, and no recovery can pass it; take a base backup now",
 		"timeline", tli, "from", gap.next, "to", gap.to, "by", by)
 	s.answer(fmt.Sprintf("gap recorded: WAL from %s to %s is missing for good, the archive goes on with timeline %d; no recovery can pass the gap: take a base backup now",

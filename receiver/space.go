@@ -18,7 +18,7 @@ const spaceInterval = time.Second
 // position that was reached keep the connection.
 func (s *stream) awaitSpace(ctx context.Context, n int) error {
 	due := s.writer.SegmentDue(n)
-	if s.cfg.MinFree < 0 || !due && time.Now().Before(s.spaceAt) || ctx.Err() != nil {
+	if s.settings().MinFree < 0 || !due && time.Now().Before(s.spaceAt) || ctx.Err() != nil {
 		return nil
 	}
 	shortage, err := s.shortage(due)
@@ -47,7 +47,7 @@ func (s *stream) awaitSpace(ctx context.Context, n int) error {
 	s.caughtUp = false
 	s.setState(CatchingUp, "")
 	s.lastHeard = time.Now() // nothing was read
-	s.silenceAt = s.lastHeard.Add(s.cfg.ReceiveTimeout / 2)
+	s.silenceAt = s.lastHeard.Add(s.in.ReceiveTimeout / 2)
 	return nil
 }
 
@@ -59,12 +59,14 @@ func (s *stream) shortage(due bool) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if free < s.cfg.MinFree {
-		return fmt.Sprintf("%s has %s left, less than min_free = %s", s.cfg.Dir, megabytes(free), megabytes(s.cfg.MinFree)), nil
+	s.room.Store(free + 1)
+	reserve := s.settings().MinFree
+	if free < reserve {
+		return fmt.Sprintf("%s has %s left, less than min_free = %s", s.cfg.Dir, megabytes(free), megabytes(reserve)), nil
 	}
-	if size := int64(s.id.SegmentSize); due && free-size < s.cfg.MinFree {
+	if size := int64(s.id.SegmentSize); due && free-size < reserve {
 		return fmt.Sprintf("%s has %s left, and the next segment needs %s above min_free = %s: no space left on device",
-			s.cfg.Dir, megabytes(free), megabytes(size), megabytes(s.cfg.MinFree)), nil
+			s.cfg.Dir, megabytes(free), megabytes(size), megabytes(reserve)), nil
 	}
 	return "", nil
 }

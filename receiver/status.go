@@ -35,15 +35,25 @@ type Status struct {
 
 	Timeline  wal.Timeline
 	Written   wal.LSN   // exclusive end of the WAL in the archive's files; 0: not known
-	Flushed   wal.LSN   // exclusive end of the complete records that are synced; 0: not known
+	Synced    wal.LSN   // exclusive end of what of it is synced; 0: not known
+	Flushed   wal.LSN   // exclusive end of the complete records that are synced, which is what is acknowledged; 0: not known
 	ServerEnd wal.LSN   // exclusive end of the server's WAL as last told; 0: not known
 	LastData  time.Time // when the last message came
+	CaughtUp  time.Time // the archive has all that the server was known to have then; zero: not known since New
 
-	ReceivedBytes      int64 // WAL received, with what was received again
+	Rate               float64 // bytes a second received lately, over 5 to 15 s; 0 while nothing is streamed
+	ReceivedBytes      int64   // WAL received, with what was received again
+	ReceivedAgain      int64   // what of it the archive had already, to be compared
 	SegmentsSealed     int64
 	SegmentsCompressed int64
+	CompressBacklog    int64 // sealed segments that wait to be compressed
 	Reconnects         int64 // connections that WAL came through, without the first
 	Panics             int64 // faults of walfleet's that ended a session
+
+	Gaps        int64  // that the archive has on record
+	DiskFree    int64  // bytes of the archive's file system that are left, when last looked at; -1: not known
+	LastError   string // what ended a session last, whatever came after it; "": nothing did
+	LastErrorAt time.Time
 }
 
 // Lag is the WAL in bytes that the server had, when it last spoke, and the
@@ -55,17 +65,42 @@ func (s Status) Lag() int64 {
 	return int64(s.ServerEnd - s.Flushed)
 }
 
+// Behind is how old, at now, the WAL can be that the archive lacks: what the primary
+// would lose of the time before now if it burnt. It is 0 while the cluster streams and
+// nothing is missing, and at most twice as long as it should be while WAL is under
+// way; known is false when the archive has not caught up since the process was started.
+func (s Status) Behind(now time.Time) (d time.Duration, known bool) {
+	if s.State == Streaming && s.ServerEnd <= s.Flushed {
+		return 0, true
+	}
+	if s.CaughtUp.IsZero() {
+		return 0, false
+	}
+	return max(now.Sub(s.CaughtUp), 0), true
+}
+
 // Status returns the current snapshot. Any goroutine may call it.
 func (r *Receiver) Status() Status {
 	s := *r.state.Load()
 	p := r.progress.load()
-	s.Timeline, s.Written, s.Flushed, s.ServerEnd = p.timeline, p.written, p.flushed, p.serverEnd
-	s.ReceivedBytes, s.SegmentsSealed, s.Reconnects = p.received, p.sealed, max(p.streams-1, 0)
-	s.Panics, s.SegmentsCompressed = r.panics.Load(), r.compressed.Load()
-	if p.lastMessage != 0 {
-		s.LastData = time.Unix(0, p.lastMessage)
+	s.Timeline, s.Written, s.Synced, s.Flushed, s.ServerEnd = p.timeline, p.written, p.synced, p.flushed, p.serverEnd
+	s.ReceivedBytes, s.ReceivedAgain = p.received, p.again
+	s.SegmentsSealed, s.Reconnects = p.sealed, max(p.streams-1, 0)
+	s.Panics, s.SegmentsCompressed, s.CompressBacklog = r.panics.Load(), r.compressed.Load(), r.backlog.Load()
+	s.LastData, s.CaughtUp = unixTime(p.lastMessage), unixTime(p.caughtUp)
+	s.Gaps, s.DiskFree = r.gaps.Load(), r.room.Load()-1
+	if s.State == Streaming || s.State == CatchingUp {
+		s.Rate = p.rate(time.Now())
 	}
 	return s
+}
+
+// unixTime is the time of a Unix time in ns, of which 0 is none.
+func unixTime(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns)
 }
 
 // setState publishes a transition. Since moves only when the state changes.
@@ -82,6 +117,14 @@ func (r *Receiver) setState(state State, reason string) {
 	}
 }
 
+// setTrouble publishes what ended a session, and the state that follows from it.
+func (r *Receiver) setTrouble(state State, err error) {
+	s := *r.state.Load()
+	s.LastError, s.LastErrorAt = err.Error(), time.Now()
+	r.state.Store(&s)
+	r.setState(state, err.Error())
+}
+
 func (r *Receiver) setServer(host string, id pgrepl.Identity) {
 	s := *r.state.Load()
 	s.Host, s.ServerVersion, s.PolarDB = host, id.Version, id.PolarDB
@@ -91,10 +134,40 @@ func (r *Receiver) setServer(host string, id pgrepl.Identity) {
 
 // progress is what changes with every message.
 type progress struct {
-	timeline                    wal.Timeline
-	written, flushed, serverEnd wal.LSN
-	received, sealed, streams   int64
-	lastMessage                 int64 // Unix time in ns; 0: never
+	timeline                            wal.Timeline
+	written, synced, flushed, serverEnd wal.LSN
+	received, again, sealed, streams    int64
+	lastMessage, caughtUp               int64 // Unix times in ns; 0: never
+	// The rate is that since the first of two marks, the last of which is younger
+	// than rateWindow while the loop goes round.
+	marks [2]mark
+}
+
+// mark is how much had been received at a Unix time in ns.
+type mark struct{ at, received int64 }
+
+// rateWindow is the least time that a rate is measured over.
+const rateWindow = 5 * time.Second
+
+// note takes down what was received by at.
+func (p *progress) note(at time.Time) {
+	now := at.UnixNano()
+	switch {
+	case p.marks[1].at == 0:
+		p.marks[1] = mark{now, p.received}
+		p.marks[0] = p.marks[1]
+	case now-p.marks[1].at >= int64(rateWindow):
+		p.marks[0], p.marks[1] = p.marks[1], mark{now, p.received}
+	}
+}
+
+// rate is how many bytes a second were received lately.
+func (p *progress) rate(now time.Time) float64 {
+	d := now.UnixNano() - p.marks[0].at
+	if p.marks[0].at == 0 || d <= 0 {
+		return 0
+	}
+	return float64(p.received-p.marks[0].received) / time.Duration(d).Seconds()
 }
 
 // progressCell publishes progress from one writer to any reader, without a lock
@@ -102,14 +175,17 @@ type progress struct {
 // store, has moved.
 type progressCell struct {
 	sequence atomic.Uint64
-	field    [8]atomic.Uint64
+	field    [15]atomic.Uint64
 }
 
 func (c *progressCell) store(p progress) {
 	c.sequence.Add(1)
-	for i, v := range [...]uint64{uint64(p.timeline), uint64(p.written), uint64(p.flushed), uint64(p.serverEnd),
-		uint64(p.received), uint64(p.sealed), uint64(p.streams), uint64(p.lastMessage)} {
-		c.field[i].Store(v)
+	for i, v := range [len(c.field)]uint64{uint64(p.timeline), uint64(p.written), uint64(p.synced), uint64(p.flushed), uint64(p.serverEnd),
+		uint64(p.received), uint64(p.again), uint64(p.sealed), uint64(p.streams), uint64(p.lastMessage), uint64(p.caughtUp),
+		uint64(p.marks[0].at), uint64(p.marks[0].received), uint64(p.marks[1].at), uint64(p.marks[1].received)} {
+		if c.field[i].Load() != v { // most stay the same, and a load is cheap
+			c.field[i].Store(v)
+		}
 	}
 	c.sequence.Add(1)
 }
@@ -122,7 +198,9 @@ func (c *progressCell) load() progress {
 			v[i] = c.field[i].Load()
 		}
 		if before%2 == 0 && c.sequence.Load() == before {
-			return progress{wal.Timeline(v[0]), wal.LSN(v[1]), wal.LSN(v[2]), wal.LSN(v[3]), int64(v[4]), int64(v[5]), int64(v[6]), int64(v[7])}
+			return progress{wal.Timeline(v[0]), wal.LSN(v[1]), wal.LSN(v[2]), wal.LSN(v[3]), wal.LSN(v[4]),
+				int64(v[5]), int64(v[6]), int64(v[7]), int64(v[8]), int64(v[9]), int64(v[10]),
+				[2]mark{{int64(v[11]), int64(v[12])}, {int64(v[13]), int64(v[14])}}}
 		}
 	}
 }

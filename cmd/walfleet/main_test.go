@@ -31,6 +31,10 @@ func TestUsageErrorsAreToldFromFailures(t *testing.T) {
 	if err := os.WriteFile(good, []byte("archive_dir = \"/nowhere\"\n[[cluster]]\nname = \"a\"\nconninfo = \"host=a\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	noSocket := filepath.Join(t.TempDir(), "no-socket.toml")
+	if err := os.WriteFile(noSocket, []byte("archive_dir = \"/nowhere\"\nruntime_dir = \""+good+"\"\n[[cluster]]\nname = \"a\"\nconninfo = \"host=a\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		args  []string
 		usage bool
@@ -44,7 +48,14 @@ func TestUsageErrorsAreToldFromFailures(t *testing.T) {
 		{[]string{"accept-divergence", "a", "b"}, true, "accept-divergence takes one argument, the cluster's name"},
 		{[]string{"accept-gap", "a", "-c", file}, false, file + ":4:"},
 		{[]string{"accept-gap", "a", "-c", good}, false, "no walfleet answers at"},
+		{[]string{"reload", "now"}, true, `reload takes no argument, got "now"`},
+		{[]string{"reload", "-c", file}, false, "nothing changed:\n" + file + ":2:"},
+		{[]string{"reload", "-c", good}, false, "no walfleet answers at"},
+		{[]string{"status", "a", "b"}, true, "status takes one argument at most"},
+		{[]string{"status", "-c", file}, false, file + ":4:"},
+		{[]string{"status", "b", "-c", good}, false, `there is no cluster "b"`},
 		{[]string{"run", "-c", file}, false, file + ":4:"},
+		{[]string{"run", "-c", noSocket}, false, "control socket: " + good + " is not a directory"},
 		{[]string{"run", "-c", file + ".missing"}, false, "no such file"},
 	} {
 		_, err := execute(t, c.args...)
@@ -80,7 +91,7 @@ func TestHelpVersionAndCompletionPrint(t *testing.T) {
 		says string
 	}{
 		{nil, "First steps:"},
-		{[]string{"--help"}, "kill -HUP"},
+		{[]string{"--help"}, "walfleet reload"},
 		{[]string{"run", "--help"}, "SIGHUP"},
 		{[]string{"demo", "--help"}, "byte for byte"},
 		{[]string{"version"}, "walfleet "},
@@ -91,6 +102,35 @@ func TestHelpVersionAndCompletionPrint(t *testing.T) {
 		out, err := execute(t, c.args...)
 		if err != nil || !strings.Contains(out, c.says) {
 			t.Errorf("walfleet %q: error %v, output without %q:\n%s", c.args, err, c.says, out)
+		}
+	}
+}
+
+// With the daemon down, status says so, and shows what there is all the same.
+func TestStatusWithoutADaemon(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "walfleet.toml")
+	config := "archive_dir = \"" + dir + "\"\n[[cluster]]\nname = \"a\"\nconninfo = \"host=db password=never-shown\"\n"
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		says []string
+	}{
+		{[]string{"status"}, []string{"NO DAEMON: no walfleet answers at " + dir, "CLUSTER", "\na ", "there is no directory yet"}},
+		{[]string{"status", "a"}, []string{"NO DAEMON", "hosts              db:5432", "min_free           100MB"}},
+		{[]string{"status", "--json"}, []string{`"daemon": null`, `"state": "unknown"`, `"min_free": "100MB"`}},
+	} {
+		out, err := execute(t, append(c.args, "-c", file)...)
+		var status exitStatus
+		if !errors.As(err, &status) || status != 1 || strings.Contains(out, "never-shown") {
+			t.Errorf("walfleet %q: %v\n%s", c.args, err, out)
+		}
+		for _, words := range c.says {
+			if !strings.Contains(out, words) {
+				t.Errorf("walfleet %q lacks %q:\n%s", c.args, words, out)
+			}
 		}
 	}
 }

@@ -24,8 +24,9 @@ or SIGTERM. It then flushes what it has, tells the servers, and exits with 0
 within shutdown_timeout; a second signal ends it at once, which loses nothing
 either. A cluster that cannot be reached does not stop it: it is tried again.
 
-SIGHUP reads the file again. Clusters that are the same go on untouched; when
-anything in the file is wrong, nothing changes and the log says why.`,
+SIGHUP, and "walfleet reload", read the file again. Clusters that are the same go
+on untouched; when anything in the file is wrong, nothing changes and the log
+says why.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			// After the first signal the default action is back: a second one
@@ -49,20 +50,24 @@ func run(ctx context.Context, file string, hangup <-chan os.Signal) error {
 	}
 	var level slog.LevelVar
 	log := newLogger(cfg.Log, &level)
-	f := fleet.New(cfg, log)
+	d, err := fleet.NewDaemon(file, cfg, log, &level, version())
+	if err != nil {
+		return err
+	}
 	listener, err := control.Listen(cfg.RuntimeDir)
 	if err != nil {
-		// Archiving comes first: a full disk may be why.
-		log.Error("commands such as accept-gap cannot reach this walfleet", "error", err)
+		return err
 	}
-	ended := make(chan error, 1)
-	go func() {
-		var group errgroup.Group
-		if listener != nil {
-			group.Go(func() error { return control.Serve(ctx, listener, f) })
+	var commands errgroup.Group
+	commands.Go(func() error {
+		err := control.Serve(ctx, listener, d)
+		if err != nil {
+			log.Error("commands cannot reach this walfleet any more, archiving goes on", "error", err)
 		}
-		ended <- errors.Join(f.Run(ctx), group.Wait())
-	}()
+		return err
+	})
+	ended := make(chan error, 1)
+	go func() { ended <- errors.Join(d.Run(ctx), commands.Wait()) }()
 	log.Info("walfleet started", "version", version(), "config", file, "clusters", len(cfg.Clusters), "archive_dir", cfg.ArchiveDir)
 	for {
 		select {
@@ -72,39 +77,16 @@ func run(ctx context.Context, file string, hangup <-chan os.Signal) error {
 			}
 			return err
 		case <-hangup:
-			reload(ctx, f, file, cfg.RuntimeDir, log, &level)
+			d.Reload(ctx, "")
 		}
 	}
 }
 
-func reload(ctx context.Context, f *fleet.Fleet, file, runtimeDir string, log *slog.Logger, level *slog.LevelVar) {
-	cfg, err := fleet.Load(file)
-	if err != nil {
-		log.Error("reload refused, nothing changed", "config", file, "error", err)
-		return
-	}
-	plan, err := f.Reload(ctx, cfg)
-	if err != nil {
-		log.Error("reload incomplete", "config", file, "done", plan.String(), "error", err)
-		return
-	}
-	setLevel(level, cfg.Log.Level)
-	if cfg.RuntimeDir != runtimeDir {
-		log.Warn("runtime_dir changes with the next start alone", "runtime_dir", cfg.RuntimeDir, "in_use", runtimeDir)
-	}
-	log.Info("reloaded", "config", file, "done", plan.String())
-}
-
-// newLogger logs to standard error, as the configuration says.
+// newLogger logs to standard error, as the configuration says, from level on.
 func newLogger(c fleet.LogConfig, level *slog.LevelVar) *slog.Logger {
-	setLevel(level, c.Level)
 	options := &slog.HandlerOptions{Level: level}
 	if c.Format == "json" {
 		return slog.New(slog.NewJSONHandler(os.Stderr, options))
 	}
 	return slog.New(slog.NewTextHandler(os.Stderr, options))
-}
-
-func setLevel(v *slog.LevelVar, name string) {
-	_ = v.UnmarshalText([]byte(name)) // validated with the file
 }

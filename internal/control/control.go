@@ -2,11 +2,14 @@
 // socket that only the daemon's user may use. Nothing that changes state is to be
 // had in any other way.
 //
+//	GET  /v1/status                            a fleet.Report
+//	POST /v1/reload?file=PATH                  a fleet.Outcome, once it has one
 //	POST /v1/clusters/NAME/accept-gap
 //	POST /v1/clusters/NAME/accept-divergence
 //
-// The answer is JSON: {"done": "what was done"}, or {"error": "why not"} with a
-// status of 400 or above.
+// The answer is JSON. A reload that failed, in part too, has a status of 409. A
+// decision's is {"done": "what was done"}, or {"error": "why not"} with a status of
+// 400 or above.
 package control
 
 import (
@@ -22,10 +25,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
+	"github.com/walfleet/walfleet/fleet"
 	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/receiver"
 )
@@ -39,14 +42,21 @@ const (
 	decideTimeout = time.Minute
 	// dialTimeout bounds finding out whether a daemon is there.
 	dialTimeout = 5 * time.Second
-	// maxAnswer bounds what a client reads, in bytes.
-	maxAnswer = 1 << 20
+	// statusTimeout bounds what a status may take: nothing is asked for it.
+	statusTimeout = 10 * time.Second
+	// maxAnswer bounds what a client reads, in bytes: some thousand clusters' status.
+	maxAnswer = 64 << 20
 )
 
-// decider is what a fleet does for its commands.
-type decider interface {
+// daemon is what answers commands.
+type daemon interface {
 	Decide(ctx context.Context, cluster string, what receiver.Decision) (string, error)
+	Reload(ctx context.Context, file string) fleet.Outcome
+	Report() fleet.Report
 }
+
+// ErrNoDaemon says that nobody answers at a runtime directory's socket.
+var ErrNoDaemon = errors.New("no walfleet answers")
 
 // Listen makes the socket in the runtime directory, which is made when it is
 // missing. A socket that a daemon left behind is replaced, one that answers is an
@@ -77,11 +87,12 @@ func Listen(runtimeDir string) (net.Listener, error) {
 	return l, nil
 }
 
-// Serve answers commands until ctx is done, and returns when that has ended and
-// the socket is gone.
-func Serve(ctx context.Context, l net.Listener, fleet decider) error {
+// Serve answers commands until ctx is done, and returns when that has ended, those
+// under way have been answered, and the socket is gone. A reload that has begun goes on
+// when whoever asked for it has gone.
+func Serve(ctx context.Context, l net.Listener, d daemon) error {
 	server := &http.Server{
-		Handler:           handler(fleet),
+		Handler:           handler(ctx, d),
 		ReadHeaderTimeout: dialTimeout,
 		ReadTimeout:       2 * dialTimeout,
 		WriteTimeout:      decideTimeout + dialTimeout,
@@ -90,7 +101,16 @@ func Serve(ctx context.Context, l net.Listener, fleet decider) error {
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
 	closed := make(chan error, 1)
-	stop := context.AfterFunc(ctx, func() { closed <- server.Close() })
+	stop := context.AfterFunc(ctx, func() {
+		// Whatever is under way ends with ctx too.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), dialTimeout)
+		defer cancel()
+		if server.Shutdown(ctx) != nil {
+			closed <- server.Close()
+			return
+		}
+		closed <- nil
+	})
 	err := server.Serve(l)
 	if stop() {
 		return fmt.Errorf("control socket: %w", err)
@@ -98,24 +118,45 @@ func Serve(ctx context.Context, l net.Listener, fleet decider) error {
 	return <-closed
 }
 
-func handler(fleet decider) http.Handler {
+func handler(ctx context.Context, d daemon) http.Handler {
 	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, http.StatusOK, d.Report())
+	})
+	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
+		// However long clusters take to stop, the answer has time to be written.
+		conn := http.NewResponseController(w)
+		_ = conn.SetWriteDeadline(time.Time{})
+		out := d.Reload(ctx, r.URL.Query().Get("file"))
+		_ = conn.SetWriteDeadline(time.Now().Add(dialTimeout))
+		status := http.StatusOK
+		if out.Error != "" {
+			status = http.StatusConflict
+		}
+		reply(w, status, out)
+	})
 	for _, what := range []receiver.Decision{receiver.AcceptGap, receiver.AcceptDivergence} {
 		mux.HandleFunc("POST /v1/clusters/{name}/"+string(what), func(w http.ResponseWriter, r *http.Request) {
+			// When that of reading the request passes, its context ends.
+			_ = http.NewResponseController(w).SetReadDeadline(time.Time{})
 			ctx, cancel := context.WithTimeout(r.Context(), decideTimeout)
 			defer cancel()
 			var a answer
-			done, err := fleet.Decide(ctx, r.PathValue("name"), what)
+			done, err := d.Decide(ctx, r.PathValue("name"), what)
 			status := http.StatusOK
 			if a.Done = done; err != nil {
 				a.Error, status = err.Error(), http.StatusConflict
 			}
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(status)
-			_ = json.NewEncoder(w).Encode(a) // whoever asked may be gone
+			reply(w, status, a)
 		})
 	}
 	return mux
+}
+
+func reply(w http.ResponseWriter, status int, answer any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(answer) // whoever asked may be gone
 }
 
 type answer struct {
@@ -126,37 +167,63 @@ type answer struct {
 // Decide tells the daemon of a runtime directory what a person decided about a
 // cluster, and returns what was done.
 func Decide(ctx context.Context, runtimeDir, cluster string, what receiver.Decision) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, decideTimeout+dialTimeout)
+	var a answer
+	err := ask(ctx, runtimeDir, http.MethodPost, "clusters/"+url.PathEscape(cluster)+"/"+string(what), decideTimeout+dialTimeout, &a)
+	if err == nil && a.Error != "" {
+		err = errors.New(a.Error)
+	}
+	return a.Done, err
+}
+
+// Reload makes the daemon of a runtime directory read its file again, and returns what
+// became of that; when it failed, the outcome says why. file is the absolute path of
+// the file that is meant; the daemon refuses when it runs with another one. timeout
+// bounds how long it may take.
+func Reload(ctx context.Context, runtimeDir, file string, timeout time.Duration) (fleet.Outcome, error) {
+	var out fleet.Outcome
+	err := ask(ctx, runtimeDir, http.MethodPost, "reload?file="+url.QueryEscape(file), timeout, &out)
+	return out, err
+}
+
+// Status asks the daemon of a runtime directory how its clusters are.
+func Status(ctx context.Context, runtimeDir string) (fleet.Report, error) {
+	var r fleet.Report
+	err := ask(ctx, runtimeDir, http.MethodGet, "status", statusTimeout, &r)
+	return r, err
+}
+
+// ask sends a request without a body, and reads the answer into answer. The error is
+// ErrNoDaemon when the socket is not there or nobody listens.
+func ask(ctx context.Context, runtimeDir, method, resource string, timeout time.Duration, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	path := filepath.Join(runtimeDir, socketName)
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "unix", path)
 	}}
 	defer transport.CloseIdleConnections()
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost,
-		"http://walfleet/v1/clusters/"+url.PathEscape(cluster)+"/"+string(what), nil)
+	request, err := http.NewRequestWithContext(ctx, method, "http://walfleet/v1/"+resource, nil)
 	if err != nil {
-		return "", err
+		return err
 	}
 	response, err := (&http.Client{Transport: transport}).Do(request)
 	if err != nil {
 		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			return "", fmt.Errorf("no walfleet answers at %s (is it running, with this runtime_dir?): %w", path, op.Err)
+		switch {
+		case errors.As(err, &op) && op.Op == "dial":
+			return fmt.Errorf("%w at %s (is it running, with this runtime_dir?): %w", ErrNoDaemon, path, op.Err)
+		case ctx.Err() == context.DeadlineExceeded:
+			return fmt.Errorf("the walfleet at %s did not answer within %s", path, timeout)
 		}
-		return "", err
+		return fmt.Errorf("asking the walfleet at %s: %w", path, err)
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
 	if err != nil {
-		return "", err
+		return fmt.Errorf("asking the walfleet at %s: %w", path, err)
 	}
-	var a answer
-	if err := json.Unmarshal(bytes.TrimSpace(body), &a); err != nil {
-		return "", fmt.Errorf("the daemon at %s answered %s: %q", path, response.Status, strings.TrimSpace(string(body)))
+	if err := json.Unmarshal(body, answer); err != nil {
+		return fmt.Errorf("the daemon at %s answered %s: %.200q", path, response.Status, bytes.TrimSpace(body))
 	}
-	if a.Error != "" {
-		return "", errors.New(a.Error)
-	}
-	return a.Done, nil
+	return nil
 }

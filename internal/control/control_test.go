@@ -7,14 +7,34 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
+	"github.com/walfleet/walfleet/fleet"
 	"github.com/walfleet/walfleet/receiver"
 )
 
-// oneCluster is a fleet whose one cluster is halted by a gap.
-type oneCluster struct{ asked []string }
+// oneCluster is a daemon whose one cluster is halted by a gap.
+type oneCluster struct {
+	asked  []string
+	reload func(ctx context.Context) fleet.Outcome
+}
+
+func (f *oneCluster) Reload(ctx context.Context, file string) fleet.Outcome {
+	f.asked = append(f.asked, "reload "+file)
+	return f.reload(ctx)
+}
+
+func (f *oneCluster) Report() fleet.Report {
+	lag := int64(5)
+	return fleet.Report{
+		Daemon:   &fleet.DaemonReport{PID: 7, Version: "v1"},
+		Clusters: []fleet.ClusterReport{{Name: "orders.eu", State: "halted", LagBytes: &lag, Settings: map[string]any{"min_free": "1GB"}}},
+	}
+}
 
 func (f *oneCluster) Decide(_ context.Context, cluster string, what receiver.Decision) (string, error) {
 	f.asked = append(f.asked, cluster+" "+string(what))
@@ -25,7 +45,7 @@ func (f *oneCluster) Decide(_ context.Context, cluster string, what receiver.Dec
 }
 
 // serve answers commands in a directory of its own until the test ends. Paths of sockets are short.
-func serve(t *testing.T, fleet decider) (dir string, stop func()) {
+func serve(t *testing.T, d daemon) (dir string, stop func()) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "walfleet-")
 	if err != nil {
@@ -38,7 +58,7 @@ func serve(t *testing.T, fleet decider) (dir string, stop func()) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- Serve(ctx, l, fleet) }()
+	go func() { ended <- Serve(ctx, l, d) }()
 	stopped := false
 	stop = func() {
 		if stopped {
@@ -55,8 +75,8 @@ func serve(t *testing.T, fleet decider) (dir string, stop func()) {
 }
 
 func TestDecisionReachesTheFleetAndIsAnswered(t *testing.T) {
-	var fleet oneCluster
-	dir, _ := serve(t, &fleet)
+	var d oneCluster
+	dir, _ := serve(t, &d)
 	if done, err := Decide(t.Context(), dir, "orders.eu", receiver.AcceptGap); done != "gap recorded" || err != nil {
 		t.Errorf("%q, %v", done, err)
 	}
@@ -66,11 +86,102 @@ func TestDecisionReachesTheFleetAndIsAnswered(t *testing.T) {
 		}
 	}
 	want := "orders.eu accept-gap|orders.eu accept-divergence|../orders accept-divergence|a b?c#d accept-divergence"
-	if got := strings.Join(fleet.asked, "|"); got != want {
+	if got := strings.Join(d.asked, "|"); got != want {
 		t.Errorf("the fleet was asked %q, want %q", got, want)
 	}
 	if _, err := Decide(t.Context(), dir, "orders", "no-such-decision"); err == nil || !strings.Contains(err.Error(), "404") {
 		t.Errorf("an unknown decision: %v", err)
+	}
+}
+
+func TestStatusIsTheDaemonsReport(t *testing.T) {
+	var d oneCluster
+	dir, _ := serve(t, &d)
+	got, err := Status(t.Context(), dir)
+	if want := d.Report(); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+}
+
+func TestReloadReturnsTheOutcomeHoweverLongItTakes(t *testing.T) {
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	d := oneCluster{reload: func(ctx context.Context) fleet.Outcome {
+		close(begun)
+		<-goOn
+		if ctx.Err() != nil {
+			return fleet.Outcome{Error: "given up"}
+		}
+		return fleet.Outcome{Applied: true, Error: "c does not stop", Stuck: []string{"c"}, Plan: fleet.Plan{Start: []string{"a"}, Changed: map[string][]string{"x": {"slot"}}}}
+	}}
+	dir, _ := serve(t, &d)
+	go func() {
+		<-begun
+		close(goOn)
+	}()
+	got, err := Reload(t.Context(), dir, "/etc/wal fleet.toml", time.Minute)
+	want := fleet.Outcome{Applied: true, Error: "c does not stop", Stuck: []string{"c"}, Plan: fleet.Plan{Start: []string{"a"}, Changed: map[string][]string{"x": {"slot"}}}}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+	if len(d.asked) != 1 || d.asked[0] != "reload /etc/wal fleet.toml" {
+		t.Errorf("asked %q", d.asked)
+	}
+}
+
+// A reload that has begun is not given up because somebody pressed Control-C.
+func TestReloadGoesOnWhenWhoeverAskedIsGone(t *testing.T) {
+	begun, ended := make(chan struct{}), make(chan error, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	goOn := make(chan struct{})
+	d := oneCluster{reload: func(ctx context.Context) fleet.Outcome {
+		close(begun)
+		<-goOn
+		ended <- ctx.Err()
+		return fleet.Outcome{}
+	}}
+	dir, stop := serve(t, &d)
+	go func() {
+		<-begun
+		cancel()
+	}()
+	if _, err := Reload(ctx, dir, "", time.Minute); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	close(goOn)
+	if err := <-ended; err != nil {
+		t.Errorf("the reload was given up: %v", err)
+	}
+	stop()
+}
+
+// Whoever waits for an answer gets it when the daemon is told to stop meanwhile.
+func TestStoppingAnswersWhatIsUnderWay(t *testing.T) {
+	begun := make(chan struct{})
+	d := oneCluster{reload: func(ctx context.Context) fleet.Outcome {
+		close(begun)
+		<-ctx.Done()
+		return fleet.Outcome{Error: "stopped"}
+	}}
+	dir, stop := serve(t, &d)
+	var stopping sync.WaitGroup
+	stopping.Go(func() {
+		<-begun
+		stop()
+	})
+	defer stopping.Wait()
+	if out, err := Reload(t.Context(), dir, "", time.Minute); err != nil || out.Error != "stopped" {
+		t.Errorf("%+v, %v", out, err)
+	}
+}
+
+func TestOnlyReadingIsSafe(t *testing.T) {
+	dir, _ := serve(t, &oneCluster{})
+	for _, c := range []struct{ method, resource string }{
+		{"GET", "reload"}, {"GET", "clusters/orders.eu/accept-gap"}, {"POST", "status"},
+	} {
+		if err := ask(t.Context(), dir, c.method, c.resource, time.Minute, &answer{}); err == nil || !strings.Contains(err.Error(), "405") {
+			t.Errorf("%s %s: %v", c.method, c.resource, err)
+		}
 	}
 }
 
@@ -115,7 +226,7 @@ func TestSocketOfADeadDaemonIsReplacedAndNoOther(t *testing.T) {
 
 func TestErrorsSayWhatToDo(t *testing.T) {
 	_, err := Decide(t.Context(), t.TempDir(), "orders", receiver.AcceptGap)
-	if err == nil || !strings.Contains(err.Error(), "no walfleet answers at") || !strings.Contains(err.Error(), "is it running") {
+	if !errors.Is(err, ErrNoDaemon) || !strings.Contains(err.Error(), "no walfleet answers at") || !strings.Contains(err.Error(), "is it running") {
 		t.Errorf("no daemon: %v", err)
 	}
 	long := filepath.Join(t.TempDir(), strings.Repeat("long/", 30))

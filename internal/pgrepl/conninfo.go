@@ -167,6 +167,14 @@ func (c *Conninfo) Hosts() []string {
 	return names
 }
 
+// User is the role that connects.
+func (c *Conninfo) User() string {
+	if len(c.hosts) == 0 {
+		return ""
+	}
+	return c.hosts[0].config.User
+}
+
 // Order gives the hosts' indices in the order in which to try them.
 func (c *Conninfo) Order() []int {
 	if c.randomise {

@@ -54,6 +54,7 @@ type Stream struct {
 	queued   int             // result of the last peek
 	peek     func(fd uintptr)
 	deadline time.Time
+	woken    atomic.Bool  // the connection's deadline is not deadline any more
 	grace    atomic.Int64 // longest time for a SendStatus after an Interrupt, in ns; 0: none came
 	out      [39]byte
 }
@@ -167,9 +168,10 @@ var ErrShutdown = errors.New("the server is shutting down")
 
 // SetDeadline says when Receive gives up waiting.
 func (s *Stream) SetDeadline(t time.Time) error {
-	if t.Equal(s.deadline) {
+	if t.Equal(s.deadline) && !s.woken.Load() {
 		return nil
 	}
+	s.woken.Store(false) // before the deadline is set: a Wake after that counts
 	s.deadline = t
 	return wrap(Receiving, s.net.SetReadDeadline(t))
 }
@@ -251,6 +253,14 @@ func (s *Stream) Drained() bool {
 func (s *Stream) Interrupt(grace time.Duration) {
 	s.grace.Store(int64(grace))
 	_ = s.net.SetDeadline(time.Unix(1, 0))
+}
+
+// Wake makes the Receive under way, or else the next one, fail with
+// os.ErrDeadlineExceeded, and so every later one until SetDeadline is called. It may
+// be called from any goroutine.
+func (s *Stream) Wake() {
+	_ = s.net.SetReadDeadline(time.Unix(1, 0))
+	s.woken.Store(true) // after it: until then SetDeadline is the one that counts
 }
 
 // postgresEpoch is 2000-01-01 in microseconds of Unix time.

@@ -179,6 +179,24 @@ func TestReceiveDeadlineLeavesTheStreamUsable(t *testing.T) {
 			t.Errorf("%+v, %v after %d attempts", m, err, n)
 		}
 
+		// Woken, it gives up at once, until it is given a deadline: the one that it had too.
+		deadline := time.Now().Add(time.Minute)
+		if err := st.SetDeadline(deadline); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			time.Sleep(100 * time.Millisecond)
+			st.Wake()
+		}()
+		begun := time.Now()
+		for range 2 {
+			if _, err := st.Receive(); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(begun) != 100*time.Millisecond {
+				t.Errorf("woken after %s: %v", time.Since(begun), err)
+			}
+		}
+		if err := st.SetDeadline(deadline); err != nil {
+			t.Fatal(err)
+		}
 		st.Interrupt(time.Second)
 		if _, err := st.Receive(); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("interrupted: %v", err)

@@ -250,9 +250,11 @@ func (c *command) untilSignal() (_ context.Context, stop func()) {
 func (c *command) config() receiver.Config {
 	return receiver.Config{
 		Name: program, Dir: c.Directory, Conninfo: c.conninfo(),
-		Slot: c.Slot, SlotAsIs: true, Source: receiver.SourceAny, OnGap: receiver.GapHalt,
-		Synchronous: c.Synchronous, NoSync: c.NoSync, EndPos: c.EndPos,
-		Compress: c.Compress, MinFree: -1, StatusInterval: c.StatusInterval, ReceiveTimeout: receiveTimeout,
+		Slot: c.Slot, SlotAsIs: true, Source: receiver.SourceAny,
+		Synchronous: c.Synchronous, NoSync: c.NoSync, EndPos: c.EndPos, Compress: c.Compress,
+		Adjustable: receiver.Adjustable{
+			OnGap: receiver.GapHalt, MinFree: -1, StatusInterval: c.StatusInterval, ReceiveTimeout: receiveTimeout,
+		},
 	}
 }
 

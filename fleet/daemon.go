@@ -1,0 +1,166 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// Daemon is a fleet that follows its configuration file. Make it with NewDaemon,
+// run it once with Run. All else any goroutine may call.
+type Daemon struct {
+	*Fleet
+	// Reloading is called when a reload begins, and what it returns when that has
+	// ended; nil: nothing is. It is set before Run.
+	Reloading func() (done func())
+
+	file    string // absolute
+	version string
+	log     *slog.Logger
+	level   *slog.LevelVar
+	began   time.Time
+	start   Config // what it was started with
+
+	reloading sync.Mutex // held by a reload, from reading the file to its outcome
+
+	mu   sync.Mutex
+	last *Outcome
+}
+
+// Outcome is what became of one reload.
+type Outcome struct {
+	Time    time.Time `json:"time"`    // when it ended
+	Seconds float64   `json:"seconds"` // how long it took
+	File    string    `json:"file"`
+	// Error says why nothing was changed, or, when Applied, why not everything was.
+	Error   string   `json:"error,omitempty"`
+	Applied bool     `json:"applied"`     // the file was valid, and became the configuration
+	Plan    Plan     `json:"done"`        // what was done with each cluster
+	Stuck   []string `json:"not_stopped"` // clusters that were told to stop and have not in time; what replaces them starts when they have
+	Notes   []string `json:"notes"`       // what of the file counts from the next start on alone
+}
+
+// NewDaemon makes a daemon that does nothing yet. cfg is what file says; level is the
+// level of log.
+func NewDaemon(file string, cfg *Config, log *slog.Logger, level *slog.LevelVar, version string) (*Daemon, error) {
+	file, err := filepath.Abs(file)
+	if err != nil {
+		return nil, fmt.Errorf("configuration file: %w", err)
+	}
+	d := &Daemon{Fleet: New(cfg, log), file: file, version: version, log: log, level: level, began: time.Now(), start: *cfg}
+	d.setLevel(cfg)
+	return d, nil
+}
+
+func (d *Daemon) setLevel(cfg *Config) {
+	_ = d.level.UnmarshalText([]byte(cfg.Log.Level)) // validated with the file
+}
+
+// Reload reads the whole file again and makes the fleet follow it; when anything in
+// the file is wrong nothing changes. It is the one way to do so, whoever asks, and one
+// reload comes after the other. ctx is the daemon's: what has begun goes on when
+// whoever asked has gone. expected is the file that is meant, and has to be the
+// daemon's; "" is that one.
+func (d *Daemon) Reload(ctx context.Context, expected string) Outcome {
+	d.reloading.Lock()
+	defer d.reloading.Unlock()
+	if d.Reloading != nil {
+		defer d.Reloading()()
+	}
+	began := time.Now()
+	out := Outcome{File: d.file}
+	if !sameFile(expected, d.file) {
+		out.finish(began, fmt.Errorf("this walfleet runs with %s, not with %s; nothing changed", d.file, expected))
+		return out // and is no news of the daemon's own file
+	}
+	cfg, err := Load(d.file)
+	if err == nil {
+		out.Plan, err = d.Fleet.Reload(ctx, cfg)
+		out.Applied = true
+		d.setLevel(cfg)
+		out.Notes = d.notes(cfg)
+	}
+	var stuck *StuckError
+	if errors.As(err, &stuck) {
+		out.Stuck = stuck.Names
+	}
+	out.finish(began, err)
+	d.logReload(out)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.last = &out
+	return out
+}
+
+// sameFile tells whether expected is file, or nothing is expected.
+func sameFile(expected, file string) bool {
+	if expected == "" || expected == file {
+		return true
+	}
+	a, err1 := os.Stat(expected)
+	b, err2 := os.Stat(file)
+	return err1 == nil && err2 == nil && os.SameFile(a, b)
+}
+
+// finish fills in what is the same for every outcome. Lists are never nil, so that
+// each has its place in JSON.
+func (o *Outcome) finish(began time.Time, err error) {
+	o.Time = time.Now()
+	o.Seconds = o.Time.Sub(began).Seconds()
+	if err != nil {
+		o.Error = err.Error()
+	}
+	for _, names := range append(o.Plan.lists(), &o.Stuck, &o.Notes) {
+		if *names == nil {
+			*names = []string{}
+		}
+	}
+	if o.Plan.Changed == nil {
+		o.Plan.Changed = map[string][]string{}
+	}
+}
+
+// notes are what a reload cannot change.
+func (d *Daemon) notes(cfg *Config) (notes []string) {
+	if cfg.RuntimeDir != d.start.RuntimeDir {
+		notes = append(notes, fmt.Sprintf("runtime_dir changes with the next start alone, the control socket stays in %s", d.start.RuntimeDir))
+	}
+	if cfg.Log.Format != d.start.Log.Format {
+		notes = append(notes, fmt.Sprintf("[log] format changes with the next start alone, it stays %q", d.start.Log.Format))
+	}
+	return notes
+}
+
+func (d *Daemon) logReload(out Outcome) {
+	for _, note := range out.Notes {
+		d.log.Warn(note)
+	}
+	switch {
+	case !out.Applied:
+		d.log.Error("reload refused, nothing changed", "config", d.file, "error", out.Error)
+	case out.Error != "":
+		d.log.Error("reload incomplete", "config", d.file, "done", out.Plan.String(), "error", out.Error)
+	default:
+		d.log.Info("reloaded", "config", d.file, "done", out.Plan.String())
+	}
+}
+
+// Report is the state of everything now.
+func (d *Daemon) Report() Report {
+	d.mu.Lock()
+	last := d.last
+	d.mu.Unlock()
+	r := Report{
+		Time:   time.Now(),
+		Daemon: &DaemonReport{PID: os.Getpid(), Version: d.version, Since: d.began, Config: d.file, LastReload: last},
+	}
+	for _, c := range d.Fleet.Status() {
+		r.Clusters = append(r.Clusters, reportOf(c, r.Time))
+	}
+	return r
+}

@@ -1,0 +1,386 @@
+package fleet
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode/utf8"
+
+	"github.com/walfleet/walfleet/receiver"
+)
+
+// urgency orders states for a person: what needs one comes first.
+var urgency = []string{
+	string(receiver.Halted), string(receiver.Blocked), string(receiver.Backoff), string(receiver.Connecting),
+	string(receiver.CatchingUp), string(receiver.Streaming), string(receiver.Stopped), stateUnknown,
+}
+
+// reasonLimit is how much of a reason stands in a table, in characters; the cluster's
+// own page has all of it.
+const reasonLimit = 120
+
+// WriteTable writes the report for people, a line for each cluster. Those in trouble
+// come first, for of a hundred clusters they are why somebody looks, and within a state
+// the file's order stays. The last line counts the states, where it is seen when a
+// long table has scrolled.
+func (r Report) WriteTable(w io.Writer) error {
+	var b strings.Builder
+	r.writeHead(&b)
+	t := newTable(&b)
+	if r.Daemon != nil {
+		t.row("CLUSTER", "STATE", "TLI", "FLUSHED", "LAG", "BEHIND", "RATE", "SLOT", "FREE", "SINCE", "REASON")
+	} else {
+		t.row("CLUSTER", "TLI", "SEALED", "SEGMENTS", "SIZE", "IN PROGRESS", "MODIFIED", "SLOT", "FREE", "GAPS", "NOTE")
+	}
+	clusters := slices.Clone(r.Clusters)
+	slices.SortStableFunc(clusters, func(a, b ClusterReport) int {
+		return cmp.Compare(slices.Index(urgency, a.State), slices.Index(urgency, b.State))
+	})
+	for _, c := range clusters {
+		if r.Daemon != nil {
+			t.row(c.Name, c.State, number(c.Timeline), orDash(c.FlushedLSN), lagText(c), behindText(c), rateText(c), c.Slot,
+				freeText(c), since(r.Time, c.Since), shorten(c.reason(r.Time), reasonLimit))
+			continue
+		}
+		a := c.Archive
+		if a == nil {
+			a = &ArchiveReport{}
+		}
+		progress := "-"
+		if n := len(a.Partial); n > 0 {
+			progress = a.Partial[n-1].Segment
+		}
+		t.row(c.Name, number(a.Timeline), orDash(a.SealedLSN), fmt.Sprint(a.Segments), bytesText(a.Bytes), progress,
+			ago(r.Time, a.Modified), c.Slot, freeText(c), fmt.Sprint(len(a.Gaps)), shorten(a.Error, reasonLimit))
+	}
+	t.flush()
+	if r.Daemon != nil {
+		fmt.Fprintln(&b, r.summary())
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// WriteDetails writes all that is known about each cluster of the report, for people.
+func (r Report) WriteDetails(w io.Writer) error {
+	var b strings.Builder
+	r.writeHead(&b)
+	for i, c := range r.Clusters {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		r.writeCluster(&b, c)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// writeHead says what a reader must know before the clusters.
+func (r Report) writeHead(b *strings.Builder) {
+	if r.Daemon == nil {
+		fmt.Fprintf(b, "NO DAEMON: %s\nWhat the archives say by themselves:\n\n", oneLine(r.Error))
+		return
+	}
+	if last := r.Daemon.LastReload; last != nil && last.Error != "" {
+		fmt.Fprintf(b, "LAST RELOAD FAILED, %s ago: %s\n\n", roughly(r.Time.Sub(last.Time)), strings.ReplaceAll(last.Error, "\n", "\n  "))
+	}
+}
+
+// summary counts the states.
+func (r Report) summary() string {
+	count := map[string]int{}
+	for _, c := range r.Clusters {
+		count[c.State]++
+	}
+	var parts []string
+	for _, state := range urgency {
+		if n := count[state]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, state))
+		}
+	}
+	noun := "clusters"
+	if len(r.Clusters) == 1 {
+		noun = "cluster"
+	}
+	return fmt.Sprintf("%d %s: %s", len(r.Clusters), noun, strings.Join(parts, ", "))
+}
+
+// writeCluster writes one cluster in full.
+func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
+	fmt.Fprintln(b, c.Name)
+	t := newTable(b)
+	line := func(name, format string, args ...any) { t.row("  "+name, oneLine(fmt.Sprintf(format, args...))) }
+	known := func(name, text string) {
+		if text != "" {
+			line(name, "%s", text)
+		}
+	}
+	at := func(when time.Time) string {
+		return fmt.Sprintf("%s (%s ago)", when.UTC().Format(time.DateTime+" UTC"), roughly(r.Time.Sub(when)))
+	}
+
+	if r.Daemon != nil {
+		line("state", "%s, since %s", c.State, at(c.Since))
+		known("reason", c.reason(r.Time))
+		line("connected to", "%s", orDash(c.Host))
+	}
+	line("hosts", "%s", strings.Join(c.Hosts, ", "))
+	known("user", c.User)
+	line("slot", "%s", c.Slot)
+	server := c.ServerVersion
+	if server != "" {
+		server = "PostgreSQL " + server
+	}
+	if c.PolarDBVersion != "" {
+		server += ", PolarDB " + c.PolarDBVersion
+	}
+	known("server version", server)
+	a := c.Archive
+	if a == nil {
+		a = &ArchiveReport{}
+	}
+	known("system identifier", cmp.Or(c.SystemIdentifier, a.SystemIdentifier))
+	if size := cmp.Or(c.SegmentSize, a.SegmentSize); size > 0 {
+		line("segment size", "%s", bytesText(size))
+	}
+	if tli := cmp.Or(c.Timeline, a.Timeline); tli > 0 {
+		line("timeline", "%d", tli)
+	}
+
+	if r.Daemon != nil {
+		line("server LSN", "%s", orDash(c.ServerLSN))
+		line("written LSN", "%s", orDash(c.WrittenLSN))
+		line("synced LSN", "%s", orDash(c.SyncedLSN))
+		line("flushed LSN", "%s (acknowledged)", orDash(c.FlushedLSN))
+		line("lag", "%s, %s", lagText(c), behindWords(c))
+		if !c.LastMessage.IsZero() {
+			line("last message", "%s", at(c.LastMessage))
+		}
+		line("received", "%s, %s of it again; now %s", bytesText(c.ReceivedBytes), bytesText(c.ReceivedAgainBytes), rateText(c))
+		line("segments sealed", "%d since %s", c.SegmentsSealed, at(r.Daemon.Since))
+		line("compression", "%d segments compressed, %d waiting (%s)", c.SegmentsCompressed, c.CompressBacklog, bytesText(c.CompressBytes))
+		line("reconnects", "%d", c.Reconnects)
+		if c.Panics > 0 {
+			line("panics", "%d: each is a bug in walfleet, and its stack is in the log", c.Panics)
+		}
+		if c.LastError != "" {
+			line("last error", "%s: %s", at(c.LastErrorTime), c.LastError)
+		}
+	}
+
+	line("directory", "%s", c.Directory)
+	line("disk free", "%s", freeText(c))
+	if c.Archive != nil {
+		known("archive", a.Error)
+		if a.OriginLSN != "" {
+			line("archive begins", "%s, from %s, %s", a.OriginLSN, a.OriginSource, at(a.OriginTime))
+		}
+		line("complete segments", "%d (%d of them compressed), %s", a.Segments, a.Compressed, bytesText(a.Bytes))
+		if a.Segments > 0 {
+			line("first, last", "%s, %s (ends at %s)", a.FirstSegment, a.LastSegment, a.SealedLSN)
+		}
+		for _, p := range a.Partial {
+			line("in progress", "%s, modified %s", p.Segment, at(p.Modified))
+		}
+		for _, g := range a.Gaps {
+			line("gap", "%s to %s is missing for good, timeline %d, recorded %s: %s", g.From, g.To, g.Timeline, at(g.Time), g.Reason)
+		}
+		for _, v := range a.Divergences {
+			line("divergence", "at %s, timeline %d, the archive goes on from %s, accepted %s: %s", v.LSN, v.Timeline, v.Restart, at(v.Time), v.Reason)
+		}
+		if a.Aside > 0 {
+			line("kept aside", "%d files", a.Aside)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(c.Settings)) {
+		if key != "slot" && c.Settings[key] != "" {
+			line(key, "%v", c.Settings[key])
+		}
+	}
+	t.flush()
+}
+
+// reason is why a cluster is in its state, with what else a person must know.
+func (c ClusterReport) reason(now time.Time) string {
+	var parts []string
+	if !c.Stopping.IsZero() {
+		parts = append(parts, fmt.Sprintf("told to stop %s ago by a reload, and has not stopped", roughly(now.Sub(c.Stopping))))
+	}
+	if c.Reason != "" {
+		parts = append(parts, c.Reason)
+	}
+	if c.Gaps > 0 {
+		parts = append(parts, fmt.Sprintf("gaps on record: %d", c.Gaps))
+	}
+	return strings.Join(parts, "; ")
+}
+
+// Write writes what became of a reload, for people.
+func (o Outcome) Write(w io.Writer) error {
+	var b strings.Builder
+	switch {
+	case !o.Applied:
+		fmt.Fprintf(&b, "refused, nothing changed: %s\n", o.Error)
+		_, err := io.WriteString(w, b.String())
+		return err
+	case o.Error != "":
+		fmt.Fprintf(&b, "reload of %s incomplete: %s\n", o.File, o.Error)
+	default:
+		fmt.Fprintf(&b, "reloaded %s in %s\n", o.File, seconds(o.Seconds).Round(time.Millisecond))
+	}
+	t := newTable(&b)
+	list := func(verb string, names []string, note string) {
+		for _, name := range names {
+			text := note
+			if keys := o.Plan.Changed[name]; len(keys) > 0 {
+				text = strings.Join(keys, ", ")
+			}
+			t.row("  "+verb, name, text)
+			verb = ""
+		}
+	}
+	list("not stopped", o.Stuck, "told to stop; what replaces it starts when it has")
+	list("started", o.Plan.Start, "")
+	list("stopped", o.Plan.Stop, "its files stay, and so does its slot, which retains WAL on the primary until it is dropped")
+	list("restarted", o.Plan.Restart, "")
+	list("adjusted", o.Plan.Adjust, "")
+	t.row("  kept", fmt.Sprint(len(o.Plan.Keep)), "")
+	for _, note := range o.Notes {
+		t.row("  note", "", note)
+	}
+	t.flush()
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// table aligns columns.
+type table struct {
+	out   *strings.Builder
+	lines bytes.Buffer
+	cells *tabwriter.Writer
+}
+
+func newTable(out *strings.Builder) *table {
+	t := &table{out: out}
+	t.cells = tabwriter.NewWriter(&t.lines, 0, 0, 2, ' ', 0)
+	return t
+}
+
+// row writes cells, as many as every row of the table has.
+func (t *table) row(cells ...string) {
+	for i, c := range cells {
+		cells[i] = oneLine(c)
+	}
+	fmt.Fprintln(t.cells, strings.Join(cells, "\t"))
+}
+
+// flush writes the table, without spaces at the end of lines.
+func (t *table) flush() {
+	_ = t.cells.Flush() // into memory
+	for line := range strings.Lines(t.lines.String()) {
+		t.out.WriteString(strings.TrimRight(line, " \n") + "\n")
+	}
+}
+
+// shorten cuts a text at a number of characters.
+func shorten(s string, limit int) string {
+	if utf8.RuneCountInString(s) <= limit {
+		return s
+	}
+	return string([]rune(s)[:limit-1]) + "…"
+}
+
+func orDash(s string) string { return cmp.Or(s, "-") }
+
+func number(n uint32) string {
+	if n == 0 {
+		return "-"
+	}
+	return fmt.Sprint(n)
+}
+
+func lagText(c ClusterReport) string {
+	if c.LagBytes == nil {
+		return "-"
+	}
+	return bytesText(*c.LagBytes)
+}
+
+func behindText(c ClusterReport) string {
+	if c.BehindSeconds == nil {
+		return "-"
+	}
+	return roughly(seconds(*c.BehindSeconds))
+}
+
+func behindWords(c ClusterReport) string {
+	if c.BehindSeconds == nil {
+		return "has not caught up since the start"
+	}
+	return "at most " + behindText(c) + " behind"
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+func rateText(c ClusterReport) string { return bytesText(int64(c.BytesPerSecond)) + "/s" }
+
+func freeText(c ClusterReport) string {
+	if c.DiskFreeBytes == nil {
+		return "-"
+	}
+	return bytesText(*c.DiskFreeBytes)
+}
+
+// bytesText is a number of bytes with at most three digits or one decimal, in
+// PostgreSQL's units of 1024.
+func bytesText(n int64) string {
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, units := float64(n), []string{"kB", "MB", "GB", "TB", "PB", "EB"}
+	for i, unit := range units {
+		f /= 1024
+		switch {
+		case f < 9.95:
+			return fmt.Sprintf("%.1f %s", f, unit)
+		case f < 999.5 || i == len(units)-1:
+			return fmt.Sprintf("%.0f %s", f, unit)
+		}
+	}
+	return ""
+}
+
+func since(now, then time.Time) string {
+	if then.IsZero() {
+		return "-"
+	}
+	return roughly(now.Sub(then))
+}
+
+func ago(now, then time.Time) string {
+	if then.IsZero() {
+		return "-"
+	}
+	return roughly(now.Sub(then)) + " ago"
+}
+
+// roughly is a duration in its two largest units, rounded down: "3d04h", "2h05m",
+// "35m10s", "12s".
+func roughly(d time.Duration) string {
+	s := int64(max(d, 0) / time.Second)
+	switch {
+	case s >= 24*3600:
+		return fmt.Sprintf("%dd%02dh", s/(24*3600), s/3600%24)
+	case s >= 3600:
+		return fmt.Sprintf("%dh%02dm", s/3600, s/60%60)
+	case s >= 60:
+		return fmt.Sprintf("%dm%02ds", s/60, s%60)
+	}
+	return fmt.Sprintf("%ds", s)
+}
