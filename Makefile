@@ -9,7 +9,7 @@ integration_env = CGO_ENABLED=1 \
 # Those that make more of their faults when WALFLEET_TORTURE is set.
 torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced|TestKilledWhileCompressing
 
-.PHONY: help build test test-unit torture lint bench demo images clean compiler tracer postgresql
+.PHONY: help build package test test-unit torture lint bench demo images clean compiler tracer postgresql
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,8 +17,11 @@ help: ## this list
 build: ## bin/walfleet
 	CGO_ENABLED=0 go build -trimpath -o bin/walfleet ./cmd/walfleet
 
+package: ## the deb and the rpm, in dist/ (GOARCH=arm64 for another processor)
+	scripts/package.sh dist
+
 test: compiler tracer images ## every test, those against real servers in containers included
-	$(integration_env) go test -race -count=1 -timeout 40m -p 2 -parallel 6 ./...
+	$(integration_env) go test -race -count=1 -timeout 75m -p 2 -parallel 6 ./...
 
 test-unit: compiler ## the tests that need no containers
 	CGO_ENABLED=1 go test -race -count=1 $$(go list ./... | grep -v '/integration\b')
@@ -34,7 +37,7 @@ lint: ## formatting, go vet, staticcheck, syntax of the scripts
 	go vet ./...
 	GOOS=darwin go vet ./...
 	go run $(STATICCHECK) ./...
-	for script in scripts/*.sh .ci/run; do bash -n "$$script" || exit; done
+	for script in scripts/*.sh deploy/*/*.sh .ci/run; do bash -n "$$script" || exit; done
 
 bench: postgresql ## walfleet beside pg_receivewal, written to docs/benchmarks.md: about an hour, on an idle machine
 	go run ./bench
@@ -47,7 +50,7 @@ images: ## the images of PostgreSQL that the tests use
 	scripts/images.sh
 
 clean: ## remove what the targets made in this directory
-	rm -rf bin
+	rm -rf bin dist
 
 compiler: # the race detector needs cgo
 	@command -v "$$(go env CC)" >/dev/null || { \

@@ -49,12 +49,15 @@ func defaultCluster() receiver.Config {
 		CreateSlot:  true,
 		Synchronous: true,
 		Source:      receiver.SourcePrimary,
+		Monitor:     true,
 		Adjustable: receiver.Adjustable{
 			OnGap:          receiver.GapHalt,
 			MinFree:        100 << 20,
 			StatusInterval: 10 * time.Second,
 			ReceiveTimeout: 60 * time.Second,
 			FlushInterval:  10 * time.Second,
+
+			MonitorInterval: 30 * time.Second,
 		},
 	}
 }
@@ -185,6 +188,10 @@ var defaultSettings = []setting[receiver.Config]{
 	{"on_gap", oneOf(func(c *receiver.Config) *string { return &c.OnGap }, receiver.GapHalt, receiver.GapRecord)},
 	{"compress", value[receiver.Config]{compression, func(c *receiver.Config) any { return c.Compress.String() }}},
 	{"min_free", size(func(c *receiver.Config) *int64 { return &c.MinFree }, 1<<50)},
+	{"max_rate", size(func(c *receiver.Config) *int64 { return &c.MaxRate }, 1<<50)},
+	{"monitor", boolean(func(c *receiver.Config) *bool { return &c.Monitor })},
+	{"monitor_interval", duration(func(c *receiver.Config) *time.Duration { return &c.MonitorInterval }, time.Second, day, false)},
+	{"max_slot_retained", size(func(c *receiver.Config) *int64 { return &c.MaxSlotRetained }, 1<<50)},
 	{"application_name", text(func(c *receiver.Config) *string { return &c.ApplicationName }, checkApplicationName)},
 	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
 }

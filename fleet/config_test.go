@@ -56,10 +56,11 @@ name = "B-2.x_"
 conninfo = "postgresql://db2/"
 `)
 	cluster := receiver.Config{
-		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary",
+		Slot: "walfleet", CreateSlot: true, Synchronous: true, Source: "primary", Monitor: true,
 		Adjustable: receiver.Adjustable{
 			OnGap: "halt", MinFree: 100 << 20,
 			StatusInterval: 10 * time.Second, ReceiveTimeout: time.Minute, FlushInterval: 10 * time.Second,
+			MonitorInterval: 30 * time.Second,
 		},
 	}
 	a, b := cluster, cluster
@@ -97,6 +98,10 @@ source = "primary"
 on_gap = "halt"
 compress = "none"
 min_free = "3GB"
+max_rate = "0"
+monitor = true
+monitor_interval = "1s"
+max_slot_retained = "0"
 slot = "own"
 application_name = ""
 password_file = ""
@@ -115,23 +120,32 @@ source = "any"
 on_gap = "record"
 compress = "gzip:9"
 min_free = "0"
+max_rate = "50MB"
+monitor = false
+monitor_interval = "24h"
+max_slot_retained = "50GB"
 slot = "common"
 application_name = "archive of db1"
 password_file = "/run/secrets/pw"
 `)
 	own := receiver.Config{
 		Name: "own", Dir: "/archive/own", Conninfo: "host=db1",
-		CreateSlot: true, Synchronous: true, Source: "primary", Slot: "own",
+		CreateSlot: true, Synchronous: true, Source: "primary", Slot: "own", Monitor: true,
 		Adjustable: receiver.Adjustable{
-			OnGap: "halt", MinFree: 3 << 30, StatusInterval: time.Second, ReceiveTimeout: 2 * time.Hour, FlushInterval: time.Second,
+			StatusInterval: time.Second, ReceiveTimeout: 2 * time.Hour,
+			FlushInterval: time.Second, OnGap: "halt", MinFree: 3 << 30,
+			MonitorInterval: time.Second,
 		},
 	}
 	def := receiver.Config{
 		Name: "default", Dir: "/archive/default", Conninfo: "host=db1",
 		Source: "any", Slot: "common",
-		Adjustable:      receiver.Adjustable{OnGap: "record", ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond},
 		Compress:        archive.Compression{Method: "gzip", Level: 9},
 		ApplicationName: "archive of db1", PasswordFile: "/run/secrets/pw",
+		Adjustable: receiver.Adjustable{
+			ReceiveTimeout: time.Second, FlushInterval: 10 * time.Millisecond, OnGap: "record", MaxRate: 50 << 20,
+			MonitorInterval: 24 * time.Hour, MaxSlotRetained: 50 << 30,
+		},
 	}
 	want := &Config{
 		ArchiveDir: "/archive", RuntimeDir: "/run/walfleet", ShutdownTimeout: time.Minute,
@@ -198,7 +212,7 @@ func TestParseErrors(t *testing.T) {
 		{"password", cluster(`password = "x"`), `
 :6: cluster "a": unknown key password; did you mean password_file?`},
 		{"nothing like it", cluster(`"k\u0000 k" = 1`), `
-:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, application_name, password_file`},
+:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file`},
 		{"cluster key at the top", `slot = "x"` + fine, `
 :1: slot belongs to [defaults] or [[cluster]], not to the top of the file`},
 		{"top key below a header", cluster(`shutdown_timeout = "1s"`), `
@@ -210,7 +224,7 @@ func TestParseErrors(t *testing.T) {
 		{"unknown section array", cluster("[[clusters]]\n"), `
 :6: unknown key clusters; did you mean cluster?`},
 		{"unknown table in a cluster", cluster("[cluster.tls]\nverify = true"), `
-:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, application_name, password_file`},
+:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file`},
 		{"unknown key in log", cluster("[log]\nfile = 'x'"), `
 :7: [log]: unknown key file; known in [log]: level, format`},
 

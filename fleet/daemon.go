@@ -80,8 +80,13 @@ func (d *Daemon) Reload(ctx context.Context, expected string) Outcome {
 	}
 	cfg, err := Load(d.file)
 	if err == nil {
+		err = d.canFollow(cfg)
+	}
+	if err == nil {
 		out.Plan, err = d.Fleet.Reload(ctx, cfg)
-		out.Applied = true
+		out.Applied = !errors.Is(err, ErrNotRunning)
+	}
+	if out.Applied {
 		d.setLevel(cfg)
 		out.Notes = d.notes(cfg)
 	}
@@ -94,6 +99,22 @@ func (d *Daemon) Reload(ctx context.Context, expected string) Outcome {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.last = &out
+	return out
+}
+
+// Preview is what a reload would do if the daemon's file had this content, and does
+// nothing of it: the outcome is not Applied. file is the content's name, for errors.
+func (d *Daemon) Preview(file string, content []byte) Outcome {
+	began := time.Now()
+	out := Outcome{File: file}
+	cfg, err := Parse(file, content)
+	if err == nil {
+		err = d.canFollow(cfg)
+	}
+	if err == nil {
+		out.Plan, out.Notes = d.Fleet.Plan(cfg), d.notes(cfg)
+	}
+	out.finish(began, err)
 	return out
 }
 
@@ -125,11 +146,17 @@ func (o *Outcome) finish(began time.Time, err error) {
 	}
 }
 
+// canFollow refuses a file with another runtime directory: commands would look for the
+// control socket there.
+func (d *Daemon) canFollow(cfg *Config) error {
+	if was := d.start.RuntimeDir; cfg.RuntimeDir != was {
+		return fmt.Errorf("runtime_dir would be %s, and the control socket cannot move while walfleet runs: restart it, or set runtime_dir = %q", cfg.RuntimeDir, was)
+	}
+	return nil
+}
+
 // notes are what a reload cannot change.
 func (d *Daemon) notes(cfg *Config) (notes []string) {
-	if cfg.RuntimeDir != d.start.RuntimeDir {
-		notes = append(notes, fmt.Sprintf("runtime_dir changes with the next start alone, the control socket stays in %s", d.start.RuntimeDir))
-	}
 	if cfg.Log.Format != d.start.Log.Format {
 		notes = append(notes, fmt.Sprintf("[log] format changes with the next start alone, it stays %q", d.start.Log.Format))
 	}

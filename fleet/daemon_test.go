@@ -85,12 +85,18 @@ func TestReloadFollowsTheFileAndRemembersWhatBecameOfIt(t *testing.T) {
 		t.Error("a reload is remembered before there was one")
 	}
 
-	write(t, file, "runtime_dir = \"/elsewhere\"\n"+fileOf(dir, []string{`min_free = "1MB"`}, a, b)+"[log]\nlevel = \"debug\"\nformat = \"json\"\n")
+	// The control socket cannot move.
+	write(t, file, "runtime_dir = \"/elsewhere\"\n"+fileOf(dir, []string{`min_free = "1MB"`}, a, b))
+	if out := d.Reload(t.Context(), ""); out.Applied || !strings.Contains(out.Error, fmt.Sprintf("set runtime_dir = %q", d.start.RuntimeDir)) {
+		t.Errorf("%+v", out)
+	}
+
+	write(t, file, fileOf(dir, []string{`min_free = "1MB"`}, a, b)+"[log]\nlevel = \"debug\"\nformat = \"json\"\n")
 	out := d.Reload(t.Context(), "")
 	if out.Error != "" || !out.Applied || out.Plan.String() != "started b; adjusted a; kept 0" || fmt.Sprint(out.Plan.Changed) != "map[a:[min_free]]" {
 		t.Errorf("%+v", out)
 	}
-	if len(out.Notes) != 2 || !strings.Contains(out.Notes[0], "runtime_dir") || !strings.Contains(out.Notes[1], "format") {
+	if len(out.Notes) != 1 || !strings.Contains(out.Notes[0], "format") {
 		t.Errorf("notes %q", out.Notes)
 	}
 	if d.level.Level() != slog.LevelDebug || !l.has("level=INFO msg=reloaded") {
@@ -129,8 +135,43 @@ func TestReloadFollowsTheFileAndRemembersWhatBecameOfIt(t *testing.T) {
 	if out := d.Reload(t.Context(), link); out.Error != "" {
 		t.Errorf("the same file under another name: %+v", out)
 	}
-	if got := strings.Join(calls, " "); got != "begins ends begins ends begins ends begins ends" {
-		t.Errorf("four reloads: %s", got)
+	if got := strings.Join(calls, " "); got != "begins ends begins ends begins ends begins ends begins ends" {
+		t.Errorf("five reloads: %s", got)
+	}
+}
+
+// A preview says what a reload would do, and does nothing.
+func TestPreviewChangesNothing(t *testing.T) {
+	dir := t.TempDir()
+	a, b := newCluster(t, "a"), newCluster(t, "b")
+	d, file, l, _ := daemon(t, fileOf(dir, nil, a))
+	awaitStates(t, d, "a streaming")
+	out := d.Preview("new.toml", []byte(fileOf(dir, []string{`min_free = "1MB"`}, a, b)+"[log]\nformat = \"json\"\n"))
+	if out.Error != "" || out.Applied || out.Plan.String() != "started b; adjusted a; kept 0" || len(out.Notes) != 1 || out.File != "new.toml" {
+		t.Errorf("%+v", out)
+	}
+	var text strings.Builder
+	if err := out.WritePreview(&text); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"a reload of new.toml would\n", "\n  start   b\n", "\n  adjust  a  min_free\n", "\n  keep    0\n", "\n  note       [log] format"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("no %q in\n%s", want, &text)
+		}
+	}
+	if out := d.Preview("new.toml", []byte("runtime_dir = \"/elsewhere\"\n"+fileOf(dir, nil, a))); !strings.Contains(out.Error, "restart it") {
+		t.Errorf("%+v", out)
+	}
+	out = d.Preview("new.toml", []byte(fileOf(dir, []string{"no_such_key = 1"}, a)))
+	if out.Applied || !strings.Contains(out.Error, "new.toml:") {
+		t.Errorf("%+v", out)
+	}
+	awaitStates(t, d, "a streaming")
+	if d.Report().Daemon.LastReload != nil || l.has("reload") || len(d.Report().Clusters) != 1 {
+		t.Error("the preview left something behind")
+	}
+	if now := d.Reload(t.Context(), ""); now.Plan.String() != "kept 1" {
+		t.Errorf("the next reload of %s: %+v", file, now)
 	}
 }
 

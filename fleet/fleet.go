@@ -14,18 +14,18 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/walfleet/walfleet/receiver"
 )
 
 // Fleet runs one receiver per cluster. Make it with New, run it once with Run.
 type Fleet struct {
-	log         *slog.Logger
-	compressors *semaphore.Weighted
+	log    *slog.Logger
+	shared *receiver.Shared
 
-	reload sync.Mutex // held while the set of members changes
-	group  errgroup.Group
+	reload  sync.Mutex // held while the set of members changes
+	group   errgroup.Group
+	started chan struct{} // closed when Run has started all receivers
 
 	mu      sync.Mutex // guards what follows
 	cfg     *Config
@@ -53,11 +53,18 @@ type ClusterStatus struct {
 	configured ClusterReport
 }
 
+// connectAttempts is how many clusters try to connect at the same time. It is all
+// the spread that a start needs: an attempt takes milliseconds where servers answer, so
+// hundreds of clusters are through in a second or two; and where none answers, 500 are
+// in ten seconds. After an outage the receivers' own pauses, which are random, spread
+// them as well.
+const connectAttempts = 50
+
 // New makes a fleet that does nothing yet.
 func New(cfg *Config, log *slog.Logger) *Fleet {
-	// Half of the processors: archiving comes first.
-	compressors := receiver.NewCompressors(max(1, int64(runtime.GOMAXPROCS(0))/2))
-	f := &Fleet{log: log, compressors: compressors, cfg: cfg, members: map[string]*member{}}
+	// Half of the processors compress: archiving comes first.
+	shared := receiver.NewShared(max(1, int64(runtime.GOMAXPROCS(0))/2), connectAttempts)
+	f := &Fleet{log: log, shared: shared, cfg: cfg, members: map[string]*member{}, started: make(chan struct{})}
 	for _, c := range cfg.Clusters {
 		f.members[c.Name] = f.newMember(c)
 	}
@@ -65,7 +72,7 @@ func New(cfg *Config, log *slog.Logger) *Fleet {
 }
 
 func (f *Fleet) newMember(c receiver.Config) *member {
-	return &member{cfg: c, report: configured(c), receiver: receiver.New(c, f.log, f.compressors), stop: func() {}, done: make(chan struct{}), gone: make(chan struct{})}
+	return &member{cfg: c, report: configured(c), receiver: receiver.New(c, f.log, f.shared), stop: func() {}, done: make(chan struct{}), gone: make(chan struct{})}
 }
 
 // Run archives until ctx is done. It then stops all receivers at once, and
@@ -80,6 +87,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 		f.start(m)
 	}
 	f.mu.Unlock()
+	close(f.started)
 
 	<-ctx.Done()
 	f.mu.Lock()
@@ -98,6 +106,10 @@ func (f *Fleet) Run(ctx context.Context) error {
 		return fmt.Errorf("not stopped after %s (shutdown_timeout): %s; what they had acknowledged is on disk", timeout, strings.Join(f.unfinished(), ", "))
 	}
 }
+
+// Started is closed once Run has started the receivers; whether they reach their
+// servers is another matter.
+func (f *Fleet) Started() <-chan struct{} { return f.started }
 
 // start runs a member's receiver. f.mu is held, and f.base is set.
 func (f *Fleet) start(m *member) {
@@ -129,6 +141,9 @@ func (f *Fleet) unfinished() []string {
 	return names
 }
 
+// ErrNotRunning says that a fleet has not begun to run, or is about to end.
+var ErrNotRunning = errors.New("the fleet is not running")
+
 // StuckError names clusters that did not stop in time.
 type StuckError struct {
 	Names   []string // sorted
@@ -149,33 +164,25 @@ func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 	f.reload.Lock()
 	defer f.reload.Unlock()
 
+	// Made before the lock is held: files that a conninfo names are read for it.
+	fresh := map[string]*member{}
+	for _, c := range cfg.Clusters {
+		fresh[c.Name] = f.newMember(c)
+	}
+
 	f.mu.Lock()
 	if f.base == nil {
 		f.mu.Unlock()
-		return Plan{}, errors.New("the fleet is not running")
+		return Plan{}, ErrNotRunning
 	}
-	var running []receiver.Config
-	for _, m := range f.members {
-		running = append(running, m.cfg)
+	plan := f.plan(cfg)
+	for _, name := range plan.Adjust {
+		m, next := f.members[name], fresh[name]
+		m.cfg, m.report = next.cfg, next.report
+		m.receiver.Adjust(next.cfg.Adjustable)
 	}
-	plan := Diff(running, cfg.Clusters)
-	for name, m := range f.members {
-		if !m.stopping.IsZero() { // by an earlier reload, in vain
-			plan.restart(name)
-		}
-	}
-	fresh := map[string]*member{}
-	for _, c := range cfg.Clusters {
-		m := f.members[c.Name]
-		switch _, found := slices.BinarySearch(plan.Adjust, c.Name); {
-		case found:
-			m.cfg, m.report = c, configured(c)
-			m.receiver.Adjust(c.Adjustable)
-		case slices.Contains(plan.Keep, c.Name):
-			m.receiver.LookAgain()
-		default:
-			fresh[c.Name] = f.newMember(c)
-		}
+	for _, name := range plan.Keep {
+		f.members[name].receiver.LookAgain()
 	}
 	f.mu.Unlock()
 
@@ -220,6 +227,28 @@ func (f *Fleet) Reload(ctx context.Context, cfg *Config) (Plan, error) {
 	return done, nil
 }
 
+// plan says what a reload does with cfg. f.mu is held.
+func (f *Fleet) plan(cfg *Config) Plan {
+	var running []receiver.Config
+	for _, m := range f.members {
+		running = append(running, m.cfg)
+	}
+	plan := Diff(running, cfg.Clusters)
+	for name, m := range f.members {
+		if !m.stopping.IsZero() { // by an earlier reload, in vain
+			plan.restart(name)
+		}
+	}
+	return plan
+}
+
+// Plan says what Reload would do with cfg now, and does nothing.
+func (f *Fleet) Plan(cfg *Config) Plan {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.plan(cfg)
+}
+
 // replace stops a cluster's receiver, where there is one, and starts the next,
 // where there is one. It reports false when the old one did not stop in time.
 func (f *Fleet) replace(ctx context.Context, name string, next *member, timeout time.Duration) bool {
@@ -229,9 +258,11 @@ func (f *Fleet) replace(ctx context.Context, name string, next *member, timeout 
 		return false
 	}
 	old := f.members[name]
-	if old == nil {
-		f.members[name] = next
-		f.start(next)
+	if old == nil { // never was there, or has ended since the plan was made
+		if next != nil {
+			f.members[name] = next
+			f.start(next)
+		}
 		f.mu.Unlock()
 		return true
 	}

@@ -445,3 +445,74 @@ func TestReloadsDuringShutdown(t *testing.T) {
 		}
 	}
 }
+
+// The clusters of a fleet share one limit on attempts to connect.
+func TestClustersConnectInTurns(t *testing.T) {
+	dir, err := os.MkdirTemp("", "walfleet")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	ln, err := net.Listen("unix", filepath.Join(dir, ".s.PGSQL.5432"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = connectAttempts + 5
+	came := make(chan time.Time, 10*n)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		var all []net.Conn // and nobody is answered
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				break
+			}
+			came <- time.Now()
+			all = append(all, c)
+		}
+		for _, c := range all {
+			c.Close()
+		}
+	}()
+	t.Cleanup(func() { ln.Close(); <-served })
+	var clusters []receiver.Config
+	for i := range n {
+		c := defaultCluster()
+		c.Name, c.Monitor = fmt.Sprintf("c%d", i), false // the monitor has connections of its own
+		c.Dir, c.Conninfo = filepath.Join(t.TempDir(), c.Name), "user=archiver host="+dir
+		clusters = append(clusters, c)
+	}
+	r := run(t, config(patience, clusters...))
+	var times []time.Time
+	for len(times) < n {
+		select {
+		case at := <-came:
+			times = append(times, at)
+		case <-time.After(patience):
+			t.Fatalf("only %d clusters of %d had a turn", len(times), n)
+		}
+	}
+	// A place whose host does not answer is given to the next after a second.
+	if d := times[connectAttempts].Sub(times[0]); d < 800*time.Millisecond {
+		t.Errorf("more than %d clusters connected within %s", connectAttempts, d)
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A cluster that did not stop in its time can end between the next reload's plan, which removes it, and its turn.
+func TestClusterEndsWhileItsRemovalIsPlanned(t *testing.T) {
+	r := run(t, config(patience))
+	<-r.Started()
+	if !r.replace(t.Context(), "gone", nil, time.Second) {
+		t.Error("a cluster that has ended did not stop in time")
+	}
+	if all := r.Status(); len(all) != 0 {
+		t.Errorf("clusters of none: %v", all)
+	}
+	if err := r.stop(); err != nil {
+		t.Error(err)
+	}
+}

@@ -40,6 +40,7 @@ type ClusterReport struct {
 	State    string    `json:"state"`             // a receiver's; "unknown": no daemon answered
 	Since    time.Time `json:"since,omitzero"`    // of the state
 	Reason   string    `json:"reason,omitempty"`  // of the state, in words
+	Hint     string    `json:"hint,omitempty"`    // what a person can do about it
 	Stopping time.Time `json:"stopping,omitzero"` // when a reload told it to stop, and it has not yet
 
 	Host             string `json:"host,omitempty"` // "host:port" that was connected last
@@ -80,7 +81,34 @@ type ClusterReport struct {
 	User     string         `json:"user,omitempty"` // of the conninfo
 	Settings map[string]any `json:"settings"`       // the file's keys and values, but for conninfo
 
+	Slots    []SlotReport    `json:"slots"`    // on each host, as the monitor saw them last
+	Warnings []WarningReport `json:"warnings"` // dangers that do not end the archiving
+
 	Archive *ArchiveReport `json:"archive,omitempty"` // where the directory was looked into
+}
+
+// SlotReport is what a cluster's slot costs one host.
+type SlotReport struct {
+	Host          string    `json:"host"`
+	Time          time.Time `json:"time,omitzero"`  // when the host answered last; absent: never
+	Note          string    `json:"note,omitempty"` // what it did not tell the last time, and why
+	Exists        bool      `json:"exists"`
+	RetainedBytes int64     `json:"retained_bytes"` // WAL that the host keeps for the slot
+	RestartLSN    string    `json:"restart_lsn,omitempty"`
+	Status        string    `json:"wal_status,omitempty"`
+	SafeBytes     *int64    `json:"safe_wal_bytes,omitempty"` // that may be written before the slot can be lost; absent: not limited, or not known
+	Invalid       string    `json:"invalidation_reason,omitempty"`
+	ActivePID     uint32    `json:"active_pid,omitempty"`
+	SyncState     string    `json:"sync_state,omitempty"`
+}
+
+// WarningReport is a danger that wants a person.
+type WarningReport struct {
+	Kind  string    `json:"kind"`
+	Host  string    `json:"host"`
+	Since time.Time `json:"since"`
+	Text  string    `json:"text"`
+	Hint  string    `json:"hint"`
 }
 
 // ArchiveReport is what a cluster's directory says by itself.
@@ -142,7 +170,7 @@ const stateUnknown = "unknown"
 // reportOf is the report of a cluster that runs.
 func reportOf(c ClusterStatus, now time.Time) ClusterReport {
 	r := c.configured
-	r.State, r.Since, r.Reason, r.Stopping = string(c.State), c.Since, c.Reason, c.Stopping
+	r.State, r.Since, r.Reason, r.Hint, r.Stopping = string(c.State), c.Since, c.Reason, c.Hint, c.Stopping
 	r.Host, r.ServerVersion, r.PolarDBVersion = c.Host, c.ServerVersion, c.PolarDB
 	r.SystemIdentifier, r.SegmentSize = systemIdentifier(c.SystemID), int64(c.SegmentSize)
 	r.Timeline = uint32(c.Timeline)
@@ -165,12 +193,26 @@ func reportOf(c ClusterStatus, now time.Time) ClusterReport {
 	if c.DiskFree >= 0 {
 		r.DiskFreeBytes = &c.DiskFree
 	}
+	r.Slots, r.Warnings = []SlotReport{}, []WarningReport{}
+	for _, s := range c.Slots {
+		view := SlotReport{Host: s.Host, Time: s.Answered, Note: s.Note, Exists: s.Exists, RetainedBytes: s.Retained, RestartLSN: lsn(s.RestartLSN),
+			Status: s.SlotWatch.Status, Invalid: s.Invalid, ActivePID: s.ActivePID, SyncState: s.SyncState}
+		if s.Exists && s.SafeWALSize >= 0 {
+			safe := s.SafeWALSize
+			view.SafeBytes = &safe
+		}
+		r.Slots = append(r.Slots, view)
+	}
+	for _, w := range c.Warnings {
+		r.Warnings = append(r.Warnings, WarningReport{w.Kind, w.Host, w.Since, w.Text, w.Hint})
+	}
 	return r
 }
 
 // configured is what the configuration says about a cluster, without secrets.
 func configured(c receiver.Config) ClusterReport {
-	r := ClusterReport{Name: c.Name, State: stateUnknown, Directory: c.Dir, Slot: c.Slot, Hosts: []string{}, Settings: map[string]any{}}
+	r := ClusterReport{Name: c.Name, State: stateUnknown, Directory: c.Dir, Slot: c.Slot, Hosts: []string{}, Settings: map[string]any{},
+		Slots: []SlotReport{}, Warnings: []WarningReport{}}
 	if info, err := pgrepl.ParseConninfo(c.Conninfo); err == nil {
 		r.Hosts, r.User = info.Hosts(), info.User()
 	}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/walfleet/walfleet/internal/pgrepl"
 	"github.com/walfleet/walfleet/receiver"
 )
 
@@ -36,6 +37,12 @@ func testReport() Report {
 	good.SegmentsSealed, good.SegmentsCompressed, good.CompressBacklog, good.Reconnects = 9, 7, 2, 1
 	good.DiskFree, good.Gaps = 10<<30, 1
 	good.LastError, good.LastErrorAt = "the server went away", reportTime.Add(-51*time.Hour)
+	good.Slots = []receiver.SlotView{
+		{Host: "db1:5432", Answered: reportTime.Add(-20 * time.Second), SlotWatch: pgrepl.SlotWatch{Exists: true, RestartLSN: 0x1_00000000, Retained: 3 << 20,
+			Status: "extended", SafeWALSize: 1 << 30, ActivePID: 77, SyncState: "sync"}},
+		{Host: "db2:5432", Note: "connection refused"},
+	}
+	good.Warnings = []receiver.Warning{{Kind: receiver.WarnSlotRetained, Host: "db1:5432", Since: reportTime.Add(-time.Minute), Text: "the slot retains much", Hint: "look why"}}
 	halted := status("halted", receiver.Halted, "the server no longer has the WAL that comes next: "+strings.Repeat("really ", 30), 90*time.Second)
 	stuck := status("stuck", receiver.Backoff, "connection refused", 3*time.Second)
 	stuck.Stopping = reportTime.Add(-31 * time.Second)
@@ -63,7 +70,7 @@ func TestTableHasTroubleFirst(t *testing.T) {
 CLUSTER  STATE      TLI  FLUSHED  LAG     BEHIND  RATE      SLOT      FREE   SINCE  REASON
 halted   halted     -    -        -       -       0 B/s     walfleet  -      1m30s  the server no longer has the WAL that comes next: really really really really really really really really really really…
 stuck    backoff    -    -        -       -       0 B/s     walfleet  -      3s     told to stop 31s ago by a reload, and has not stopped; connection refused
-good     streaming  3    1/A00    1.5 kB  2s      1.5 MB/s  walfleet  10 GB  2d02h  gaps on record: 1
+good     streaming  3    1/A00    1.5 kB  2s      1.5 MB/s  walfleet  10 GB  2d02h  the slot retains much; gaps on record: 1
 idle     streaming  -    -        -       0s      0 B/s     walfleet  -      1s
 4 clusters: 1 halted, 1 backoff, 2 streaming
 `)
@@ -86,6 +93,7 @@ func TestDetailsAreComplete(t *testing.T) {
 	if !ok {
 		t.Fatal("no such cluster")
 	}
+	r.Clusters[0].Hint = "see why"
 	r.Clusters[0].Archive = &ArchiveReport{
 		OriginLSN: "0/1000000", OriginSource: "slot", OriginTime: reportTime.Add(-240 * time.Hour),
 		Segments: 12, Compressed: 7, Bytes: 9 << 30, FirstSegment: "000000010000000000000001", LastSegment: "000000030000000000000003", SealedLSN: "1/0",
@@ -101,11 +109,15 @@ func TestDetailsAreComplete(t *testing.T) {
 	wantText(t, b.String(), `
 good
   state              streaming, since 2026-01-29 10:00:00 UTC (2d02h ago)
-  reason             gaps on record: 1
+  reason             the slot retains much; gaps on record: 1
+  hint               see why
   connected to       db1:5432
   hosts              db1:5432, db2:5432
   user               archiver
   slot               walfleet
+  slot on db1:5432   retains 3.0 MB, extended, safe for another 1.0 GB, sync, 20s ago
+  slot on db2:5432   connection refused
+  WARNING            the slot retains much, since 2026-01-31 11:59:00 UTC (1m00s ago); look why
   server version     PostgreSQL 15.12, PolarDB 2.0.15
   system identifier  7710980023744152150
   segment size       1.0 GB
@@ -133,7 +145,11 @@ good
   compress           none
   create_slot        true
   flush_interval     10s
+  max_rate           0
+  max_slot_retained  0
   min_free           100MB
+  monitor            true
+  monitor_interval   30s
   on_gap             halt
   receive_timeout    1m
   source             primary
@@ -172,6 +188,12 @@ func TestJSONHasStableNames(t *testing.T) {
 		"last_error": "the server went away", "last_error_time": "2026-01-29T09:00:00Z",
 		"directory": "/archive/good", "disk_free_bytes": float64(10 << 30), "slot": "walfleet", "user": "archiver",
 		"hosts": []any{"db1:5432", "db2:5432"},
+		"slots": []any{
+			map[string]any{"host": "db1:5432", "time": "2026-01-31T11:59:40Z", "exists": true, "retained_bytes": float64(3 << 20), "restart_lsn": "1/0",
+				"wal_status": "extended", "safe_wal_bytes": float64(1 << 30), "active_pid": 77.0, "sync_state": "sync"},
+			map[string]any{"host": "db2:5432", "note": "connection refused", "exists": false, "retained_bytes": 0.0},
+		},
+		"warnings": []any{map[string]any{"kind": "slot_retained", "host": "db1:5432", "since": "2026-01-31T11:59:00Z", "text": "the slot retains much", "hint": "look why"}},
 	} {
 		if !reflect.DeepEqual(c[name], want) {
 			t.Errorf("%s is %v, want %v", name, c[name], want)

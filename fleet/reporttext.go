@@ -128,11 +128,18 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 	if r.Daemon != nil {
 		line("state", "%s, since %s", c.State, at(c.Since))
 		known("reason", c.reason(r.Time))
+		known("hint", c.Hint)
 		line("connected to", "%s", orDash(c.Host))
 	}
 	line("hosts", "%s", strings.Join(c.Hosts, ", "))
 	known("user", c.User)
 	line("slot", "%s", c.Slot)
+	for _, s := range c.Slots {
+		line("slot on "+s.Host, "%s", s.text(r.Time))
+	}
+	for _, w := range c.Warnings {
+		line("WARNING", "%s, since %s; %s", w.Text, at(w.Since), w.Hint)
+	}
 	server := c.ServerVersion
 	if server != "" {
 		server = "PostgreSQL " + server
@@ -206,6 +213,37 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 	t.flush()
 }
 
+// text is what is known of a slot.
+func (s SlotReport) text(now time.Time) string {
+	var parts []string
+	switch {
+	case s.Time.IsZero():
+	case !s.Exists:
+		parts = append(parts, "does not exist")
+	default:
+		parts = append(parts, "retains "+bytesText(s.RetainedBytes))
+		if s.Status != "" {
+			parts = append(parts, s.Status)
+		}
+		if s.Invalid != "" {
+			parts = append(parts, s.Invalid)
+		}
+		if s.SafeBytes != nil {
+			parts = append(parts, "safe for another "+bytesText(*s.SafeBytes))
+		}
+		if s.SyncState != "" {
+			parts = append(parts, s.SyncState)
+		}
+	}
+	if !s.Time.IsZero() {
+		parts = append(parts, roughly(now.Sub(s.Time))+" ago")
+	}
+	if s.Note != "" {
+		parts = append(parts, s.Note)
+	}
+	return strings.Join(parts, ", ")
+}
+
 // reason is why a cluster is in its state, with what else a person must know.
 func (c ClusterReport) reason(now time.Time) string {
 	var parts []string
@@ -214,6 +252,9 @@ func (c ClusterReport) reason(now time.Time) string {
 	}
 	if c.Reason != "" {
 		parts = append(parts, c.Reason)
+	}
+	for _, w := range c.Warnings {
+		parts = append(parts, w.Text)
 	}
 	if c.Gaps > 0 {
 		parts = append(parts, fmt.Sprintf("gaps on record: %d", c.Gaps))
@@ -234,7 +275,28 @@ func (o Outcome) Write(w io.Writer) error {
 	default:
 		fmt.Fprintf(&b, "reloaded %s in %s\n", o.File, seconds(o.Seconds).Round(time.Millisecond))
 	}
-	t := newTable(&b)
+	o.writePlan(&b, [...]string{"started", "stopped", "restarted", "adjusted", "kept"})
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// WritePreview writes what a reload would do, for people.
+func (o Outcome) WritePreview(w io.Writer) error {
+	var b strings.Builder
+	if o.Error != "" {
+		fmt.Fprintf(&b, "a reload would be refused: %s\n", o.Error)
+	} else {
+		fmt.Fprintf(&b, "a reload of %s would\n", o.File)
+		o.writePlan(&b, [...]string{"start", "stop", "restart", "adjust", "keep"})
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// writePlan writes what becomes of each cluster. verbs are those for starting, stopping,
+// restarting, adjusting and keeping.
+func (o Outcome) writePlan(b *strings.Builder, verbs [5]string) {
+	t := newTable(b)
 	list := func(verb string, names []string, note string) {
 		for _, name := range names {
 			text := note
@@ -246,17 +308,15 @@ func (o Outcome) Write(w io.Writer) error {
 		}
 	}
 	list("not stopped", o.Stuck, "told to stop; what replaces it starts when it has")
-	list("started", o.Plan.Start, "")
-	list("stopped", o.Plan.Stop, "its files stay, and so does its slot, which retains WAL on the primary until it is dropped")
-	list("restarted", o.Plan.Restart, "")
-	list("adjusted", o.Plan.Adjust, "")
-	t.row("  kept", fmt.Sprint(len(o.Plan.Keep)), "")
+	list(verbs[0], o.Plan.Start, "")
+	list(verbs[1], o.Plan.Stop, "its files stay, and so does its slot, which retains WAL on the primary until it is dropped")
+	list(verbs[2], o.Plan.Restart, "")
+	list(verbs[3], o.Plan.Adjust, "")
+	t.row("  "+verbs[4], fmt.Sprint(len(o.Plan.Keep)), "")
 	for _, note := range o.Notes {
 		t.row("  note", "", note)
 	}
 	t.flush()
-	_, err := io.WriteString(w, b.String())
-	return err
 }
 
 // table aligns columns.

@@ -66,7 +66,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 	s := startServer(t, serverOptions{segment: megabyte})
 	d := startDaemon(t, configText(fs.path, cluster("orders", s.conninfo())))
 	d.awaitState(t, "orders", receiver.Blocked, "read-only file system")
-	d.log.await(t, "not archiving", "the user that runs walfleet")
+	d.log.await(t, "not archiving", "archive_dir is read-only")
 	fs.remount(t, "size=200m")
 	d.awaitState(t, "orders", receiver.Streaming) // by itself
 	s.write(t, 2)

@@ -34,7 +34,7 @@ func TestServersThatRefuse(t *testing.T) {
 		{"wrong_password", s.conninfo("password=" + wrong), "", receiver.Halted, "password authentication failed", "check the password"},
 		{"wrong_password_file", s.conninfo(), passwordFile(wrong + "\n"), receiver.Halted, "password authentication failed", "check the password"},
 		{"wrong_password_uri", fmt.Sprintf("postgresql://walfleet:%s@%s:%d/?sslmode=disable", wrong, host, s.port), "", receiver.Halted, "password authentication failed", "check the password"},
-		{"missing_password_file", s.conninfo(), `password_file = "/nonexistent/password"`, receiver.Backoff, "password_file: open /nonexistent/password", ""},
+		{"missing_password_file", s.conninfo(), `password_file = "/nonexistent/password"`, receiver.Halted, "password_file: open /nonexistent/password", "password_file must exist"},
 		{"unknown_role", s.conninfo("user=nobody"), "", receiver.Halted, "password authentication failed", ""},
 		{"no_replication_right", s.conninfo("user=plain"), "", receiver.Halted, "permission denied to start WAL sender", "ALTER ROLE"},
 		{"rejected", s.conninfo("user=rejected"), "", receiver.Halted, "pg_hba.conf rejects", "pg_hba.conf"},

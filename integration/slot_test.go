@@ -48,7 +48,7 @@ func TestWaitsForSlotInUse(t *testing.T) {
 		cluster("waits", s.conninfo(), `slot = "shared"`),
 		cluster("free", s.conninfo(), `slot = "own"`)))
 	d.awaitState(t, "waits", receiver.Blocked, "shared", "active")
-	d.log.await(t, "not archiving", "cluster=waits", "another receiver uses the slot")
+	d.log.await(t, "not archiving", "cluster=waits", "another receiver uses slot shared")
 	d.awaitState(t, "free", receiver.Streaming)
 
 	if err := other.Close(t.Context()); err != nil {

@@ -114,8 +114,8 @@ func TestTLS(t *testing.T) {
 		reason         string
 	}{
 		{"good", full + certificate(ca, "walfleet"), receiver.Streaming, ""},
-		{"other_authority", full + certificate(ca, "walfleet") + fmt.Sprintf(" sslrootcert='%s'", file("other.crt", otherCA.pem)), receiver.Backoff, "certificate signed by unknown authority"},
-		{"other_host", full + certificate(ca, "walfleet") + " host=localhost", receiver.Backoff, "certificate is not valid for any names"},
+		{"other_authority", full + certificate(ca, "walfleet") + fmt.Sprintf(" sslrootcert='%s'", file("other.crt", otherCA.pem)), receiver.Halted, "certificate signed by unknown authority"},
+		{"other_host", full + certificate(ca, "walfleet") + " host=localhost", receiver.Halted, "certificate is not valid for any names"},
 		{"no_certificate", full, receiver.Halted, "certificate"},
 		{"other_role", full + certificate(ca, "someone"), receiver.Halted, "certificate authentication failed"},
 		{"no_tls", trusted + " sslmode=disable", receiver.Halted, "no encryption"},

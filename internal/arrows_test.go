@@ -17,12 +17,13 @@ import (
 // arrows has every package of the module, and the packages on the floor below that it may import. What
 // those may import, it may import too: an arrow may skip a floor, but never goes up or to a sibling.
 var arrows = map[string][]string{
-	"cmd/walfleet": {"internal/control", "internal/console", "internal/check", "internal/demo", "internal/restore", "internal/verify", "internal/receivewal"},
+	"cmd/walfleet": {"internal/control", "internal/console", "internal/check", "internal/demo", "internal/restore", "internal/verify", "internal/receivewal", "internal/systemd"},
 
 	"internal/control": {"fleet"},
 	"internal/console": {"fleet"},
 	"internal/check":   {"fleet"},
 	"internal/demo":    {"fleet", "internal/postgres"},
+	"internal/systemd": {"fleet"},
 
 	"internal/receivewal": {"receiver"},
 
@@ -40,6 +41,7 @@ var arrows = map[string][]string{
 
 	// Tests, benchmarks, and what is there for them.
 	"bench":           {"internal/postgres", "internal/pgtest"},
+	"deploy":          {"fleet"},
 	"internal":        {},
 	"internal/pgtest": {"internal/wal"},
 	"integration":     {"cmd/walfleet", "internal/pgtest"},

@@ -26,7 +26,7 @@ func newStream(t testing.TB, cfg Config) *stream {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := New(cfg, slog.New(slog.DiscardHandler), nil)
+	r := New(cfg, slog.New(slog.DiscardHandler), NewShared(1, 1))
 	r.dir = dir
 	t.Cleanup(func() {
 		if err := r.close(); err != nil {
@@ -42,6 +42,12 @@ func newStream(t testing.TB, cfg Config) *stream {
 // TestMessageDoesNotAllocate is DESIGN's section 3: from the socket to the status update that acknowledges it, WAL
 // takes no memory that is thrown away.
 func TestMessageDoesNotAllocate(t *testing.T) {
+	for name, rate := range map[string]int64{"no max_rate": 0, "max_rate": 2 << 20} {
+		t.Run(name, func(t *testing.T) { messageDoesNotAllocate(t, rate) })
+	}
+}
+
+func messageDoesNotAllocate(t *testing.T, rate int64) {
 	const (
 		size     = 10000
 		warm     = 20 // the first ones make the file, and fill pools
@@ -76,7 +82,7 @@ func TestMessageDoesNotAllocate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	st := newStream(t, Config{Synchronous: true, Adjustable: Adjustable{StatusInterval: time.Hour, ReceiveTimeout: time.Hour}})
+	st := newStream(t, Config{Synchronous: true, Adjustable: Adjustable{StatusInterval: time.Hour, ReceiveTimeout: time.Hour, MaxRate: rate}})
 	if st.Stream, _, err = conn.StartStream(t.Context(), "", 1, origin); err != nil {
 		t.Fatal(err)
 	}
@@ -116,6 +122,9 @@ func TestMessageDoesNotAllocate(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil {
 		t.Fatal(err)
+	}
+	if held := !st.heldAt.IsZero(); held != (rate > 0) {
+		t.Errorf("max_rate = %d held reading back: %t", rate, held)
 	}
 	if least >= round { // testing.AllocsPerRun, too, counts none below one for each run
 		t.Errorf("%d allocations for %d messages", least, round)

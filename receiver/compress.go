@@ -9,8 +9,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -210,10 +208,10 @@ func (r *Receiver) compressSegment(ctx context.Context, dir *archive.Dir, s wal.
 	if free < room {
 		return fmt.Errorf("%w %s: %s has %s left, less than %s", errNoRoom, s.Name(), r.cfg.Dir, megabytes(free), megabytes(room))
 	}
-	if err := r.compressors.Acquire(ctx, 1); err != nil {
+	if err := r.shared.compressors.Acquire(ctx, 1); err != nil {
 		return err
 	}
-	defer r.compressors.Release(1)
+	defer r.shared.compressors.Release(1)
 	n, err := dir.Compress(ctx, s, r.cfg.Compress)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -235,8 +233,3 @@ func (r *Receiver) CompressSealed(ctx context.Context) error {
 	segments, err := r.dir.Plain(r.dir.SegmentSize())
 	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}, nil))
 }
-
-// NewCompressors makes what bounds the work of all receivers that share it: how
-// many segments are compressed at the same time. Each takes one processor, and the
-// memory that its method takes: 40 MB at most.
-func NewCompressors(n int64) *semaphore.Weighted { return semaphore.NewWeighted(n) }

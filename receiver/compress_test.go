@@ -150,7 +150,7 @@ func TestCompressingWaitsForRoom(t *testing.T) {
 // All receivers together compress no more than the process allows, and one that waits for its turn archives.
 func TestCompressingIsBoundedOverAllReceivers(t *testing.T) {
 	bubble(t, func(g *rig) {
-		if !g.compressors.TryAcquire(1) { // another receiver's
+		if !g.shared.compressors.TryAcquire(1) { // another receiver's
 			t.Fatal("no turn")
 		}
 		g.cfg.Compress = archive.Compression{Method: "lz4", Level: 1}
@@ -159,7 +159,7 @@ func TestCompressingIsBoundedOverAllReceivers(t *testing.T) {
 		g.sleep(time.Hour)
 		g.wantArchived()
 		g.wantPacked(2, 0)
-		g.compressors.Release(1)
+		g.shared.compressors.Release(1)
 		g.sleep(time.Second)
 		g.wantPacked(0, 2)
 	})
@@ -168,13 +168,13 @@ func TestCompressingIsBoundedOverAllReceivers(t *testing.T) {
 // A receiver that stops does not wait for its turn, and nothing is compressed in a directory that it has let go of.
 func TestStopEndsCompressing(t *testing.T) {
 	bubble(t, func(g *rig) {
-		g.compressors.TryAcquire(1)
+		g.shared.compressors.TryAcquire(1)
 		g.cfg.Compress = archive.Compression{Method: "lz4", Level: 1}
 		g.start()
 		g.appendTo(origin + 2*mb + 5000)
 		g.sleep(time.Second)
 		g.stop()
-		g.compressors.Release(1)
+		g.shared.compressors.Release(1)
 		synctest.Wait()
 		g.wantPacked(2, 0)
 	})

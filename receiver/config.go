@@ -37,6 +37,8 @@ type Config struct {
 	Compress    archive.Compression // of sealed segments
 	NoSync      bool                // sync nothing; what is acknowledged then survives no crash of the machine
 
+	Monitor bool // watch what Slot retains on each host, over ordinary connections
+
 	EndPos wal.LSN // RunOnce returns once WAL beyond it has come; 0: never
 
 	Adjustable
@@ -47,8 +49,12 @@ type Config struct {
 type Adjustable struct {
 	OnGap   string // GapHalt or GapRecord
 	MinFree int64  // bytes of the archive's file system that are left free; below 0: a full disk ends the session
+	MaxRate int64  // bytes of WAL a second that are received at most; 0: no limit
 
 	StatusInterval time.Duration // longest time between two status updates; 0: only when there is a reason
 	ReceiveTimeout time.Duration // longest silence of a server before the connection counts as dead; a command or a write that is under way keeps the one of before
 	FlushInterval  time.Duration // longest time that received WAL stays unsynced when not Synchronous; 0: until its segment ends
+
+	MonitorInterval time.Duration // time between two looks at Slot, with Monitor; a change counts after the next one
+	MaxSlotRetained int64         // bytes of WAL that Slot may retain on a host before there is a warning; 0: any
 }

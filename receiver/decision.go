@@ -23,7 +23,7 @@ const (
 // decision is a Decision on its way to Run, which answers once.
 type decision struct {
 	what   Decision
-	since  time.Time      // of the halt that it is about
+	halt   int64          // the one that it is about
 	answer chan<- outcome // with room for one
 }
 
@@ -37,12 +37,15 @@ type outcome struct {
 // not halted by what the decision is about. Any goroutine may call it.
 func (r *Receiver) Decide(ctx context.Context, what Decision) (string, error) {
 	s := r.state.Load()
-	if s.State != Halted {
+	switch {
+	case s.State != Halted:
 		return "", fmt.Errorf("cluster %s is not halted (it is %s): there is nothing to decide", r.cfg.Name, s.State)
+	case s.looking:
+		return "", fmt.Errorf("cluster %s is being looked at again in this moment: decide in a few seconds, if it is halted then", r.cfg.Name)
 	}
 	answer := make(chan outcome, 1)
 	select {
-	case r.decisions <- decision{what, s.Since, answer}:
+	case r.decisions <- decision{what, s.halt, answer}:
 	case <-r.done:
 		return "", fmt.Errorf("cluster %s was stopped meanwhile", r.cfg.Name)
 	case <-ctx.Done():
@@ -71,7 +74,7 @@ func (r *Receiver) halt(ctx context.Context, pause time.Duration, err error) boo
 			return true
 		case d := <-r.decisions:
 			r.pending = d.answer
-			if !d.since.Equal(r.state.Load().Since) {
+			if d.halt != r.state.Load().halt {
 				r.answer("", fmt.Errorf("cluster %s was looked at again meanwhile, decide again if you mean this: %w", r.cfg.Name, err))
 				continue
 			}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -73,6 +74,13 @@ func TestDiskThatFails(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// EUCLEAN is Linux's alone: a file system that needs fsck.
+func TestDamagedFileSystem(t *testing.T) {
+	if got := classify(fileError(syscall.EUCLEAN)); got.kind != "disk error" {
+		t.Errorf("%+v", got)
 	}
 }
 

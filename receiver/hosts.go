@@ -40,7 +40,12 @@ func (s *session) connect(ctx context.Context) error {
 	if err != nil {
 		return &pgrepl.UnusableError{Reason: err.Error()}
 	}
+	end, err := s.shared.turn(ctx)
+	if err != nil {
+		return err
+	}
 	answered, failed := s.askHosts(ctx, conninfo)
+	end()
 	fit := answered[:0]
 	for _, c := range answered {
 		if err := s.fits(c); err != nil {
@@ -243,9 +248,15 @@ var errSuperseded = errors.New("another host is farther")
 // superseded asks one host, and returns errSuperseded when it is to be archived
 // instead; else where the host's WAL ends, if it is a primary on our timeline. The
 // host may be our server under another name: then that has sent WAL up to before,
-// where the host's ended the last time, unless we do not read.
+// where the host's ended the last time, unless we do not read, or max_rate keeps us
+// from reading all that it sends.
 func (s *session) superseded(ctx context.Context, host int, before wal.LSN) (wal.LSN, error) {
+	end, err := s.shared.turn(ctx)
+	if err != nil {
+		return 0, nil // ctx is done
+	}
 	c, err := s.ask(ctx, s.conninfo, host)
+	end()
 	if err != nil {
 		s.log.Debug("asking another host", "error", err)
 		return 0, nil
@@ -256,7 +267,7 @@ func (s *session) superseded(ctx context.Context, host int, before wal.LSN) (wal
 		c.id.Timeline < st.Timeline || continues(c, st.Timeline) != nil {
 		return 0, nil
 	}
-	if c.id.Timeline == st.Timeline && (st.State == Blocked || st.ServerEnd >= before) {
+	if c.id.Timeline == st.Timeline && (st.State == Blocked || st.ServerEnd >= before || time.Since(st.HeldBack) < 2*hostInterval) {
 		return c.id.XLogPos, nil
 	}
 	return 0, fmt.Errorf("%w: %s is a primary on timeline %d, %s, while %s is on timeline %d, %s",

@@ -12,14 +12,12 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/walfleet/walfleet/internal/archive"
-	"github.com/walfleet/walfleet/internal/pgrepl"
 	"github.com/walfleet/walfleet/internal/pgtest"
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -150,7 +148,7 @@ func TestTroubleEndsByItselfOrNeedsAPerson(t *testing.T) {
 		"wrong password":   {state(func(s *pgtest.State) { s.Password = "other" }, func(s *pgtest.State) { s.Password = "" }), Halted, "password"},
 		"no right":         {refuse(pgtest.Fatal("42501", "must be superuser or replication role to start walsender")), Halted, "replication role"},
 		"slot in use":      {slot(func(s *pgtest.Slot) { s.ActivePID = 99 }, func(s *pgtest.Slot) { s.ActivePID = 0 }), Blocked, "active for PID 99"},
-		"logical slot":     {slot(func(s *pgtest.Slot) { s.Logical = true }, func(s *pgtest.Slot) { s.Logical = false }), Backoff, "logical replication slot"},
+		"logical slot":     {slot(func(s *pgtest.Slot) { s.Logical = true }, func(s *pgtest.Slot) { s.Logical = false }), Halted, "logical replication slot"},
 		"directory locked": {lock, Blocked, "locked by another walfleet"},
 		"standby":          {state(func(s *pgtest.State) { s.Standby = true }, func(s *pgtest.State) { s.Standby = false }), Backoff, "standby"},
 		"standby, 13": {state(func(s *pgtest.State) { s.Standby, s.Version = true, "13.4" }, func(s *pgtest.State) { s.Standby, s.Version = false, "17" }),
@@ -636,55 +634,6 @@ func TestPolarDBIsRecognised(t *testing.T) {
 	})
 }
 
-func TestClassify(t *testing.T) {
-	server := func(code string) error { return fmt.Errorf("doing: %w", &pgrepl.ServerError{Code: code}) }
-	hosts := func(errs ...error) error { return fmt.Errorf("all: %w", HostsError(errs)) }
-	for _, tt := range []struct {
-		err  error
-		want State
-	}{
-		{io.EOF, Backoff},
-		{syscall.ECONNREFUSED, Backoff},
-		{&pgrepl.ProtocolError{}, Backoff},
-		{pgrepl.ErrShutdown, Backoff},
-		{&wal.CorruptError{}, Backoff},
-		{server("57P03"), Backoff},
-		{server("53300"), Backoff},
-		{server("XX000"), Backoff},
-		{server("55006"), Blocked},
-		{server("28P01"), Halted},
-		{server("28000"), Halted},
-		{server("42501"), Halted},
-		{server("55000"), Halted},
-		{fmt.Errorf("%w: db", errSuperseded), Backoff},
-		{fmt.Errorf("write: %w", syscall.ENOSPC), Blocked},
-		{&os.PathError{Err: syscall.EDQUOT}, Blocked},
-		{&os.PathError{Err: syscall.EROFS}, Blocked},
-		{&os.PathError{Err: syscall.EACCES}, Blocked},
-		{&os.PathError{Err: syscall.EIO}, Backoff},
-		{&strayHostError{"db", &archive.DivergenceError{}}, Backoff},
-		{fmt.Errorf("open: %w", archive.ErrLocked), Blocked},
-		{&archive.AbortedRecordError{}, Backoff},
-		{&archive.DivergenceError{}, Halted},
-		{&archive.IdentityError{}, Halted},
-		{&archive.FileError{}, Halted},
-		{&historyError{}, Halted},
-		{&gapError{}, Halted},
-		{&slotError{}, Halted},
-		{&pgrepl.UnusableError{}, Halted},
-		{&refusedError{}, Backoff},
-		{hosts(server("28P01"), server("28P01")), Halted},
-		{hosts(&archive.IdentityError{}, &refusedError{}), Backoff},
-		{hosts(&archive.IdentityError{}, server("55006")), Blocked},
-		{hosts(server("55006"), io.EOF), Backoff},
-	} {
-		got := classify(fmt.Errorf("session: %w", tt.err))
-		if got.state != tt.want || (got.pause == 0) != (got.state == Backoff && !errors.As(tt.err, new(*archive.AbortedRecordError)) && !errors.As(tt.err, new(*strayHostError))) {
-			t.Errorf("%T %v: %+v, want %s", tt.err, tt.err, got, tt.want)
-		}
-	}
-}
-
 func TestBackoffGrowsUntilASessionWasSustained(t *testing.T) {
 	bubble(t, func(g *rig) {
 		g.start()
@@ -714,7 +663,7 @@ func TestBackoffGrowsUntilASessionWasSustained(t *testing.T) {
 
 // allOf is progress with n everywhere.
 func allOf(n int64) progress {
-	return progress{wal.Timeline(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), n, n, n, n, n, n, [2]mark{{n, n}, {n, n}}}
+	return progress{wal.Timeline(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), wal.LSN(n), n, n, n, n, n, n, n, [2]mark{{n, n}, {n, n}}}
 }
 
 // Readers see one consistent snapshot, without a lock. Run it with -race.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"time"
 
@@ -35,6 +36,9 @@ type stream struct {
 	goal      wal.LSN   // where the server's WAL ended at goalAt, and the archive's did not; 0: nothing is remembered
 	goalAt    time.Time
 	spaceAt   time.Time // when to look at the free space again
+	heldAt    time.Time // when max_rate last held reading back
+	timer     *time.Timer
+	quietly   bool // what comes of missing room is for debugging
 }
 
 // receive archives what comes, until the server ends the timeline, ctx is done,
@@ -46,7 +50,8 @@ func (s *session) receive(ctx context.Context, ps *pgrepl.Stream) (pgrepl.NextTi
 	if err := s.setHold(); err != nil {
 		return pgrepl.NextTimeline{}, err
 	}
-	s.log.Info(MsgStreaming, "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
+	s.mark = max(s.mark, s.writer.Durable())
+	s.once(slog.LevelInfo, MsgStreaming, "timeline", s.writer.Timeline(), "lsn", s.writer.Pos(), "server_lsn", s.id.XLogPos, "host", s.conn.Host())
 	s.setState(CatchingUp, "")
 	err := st.interruptible(ctx)
 	ended, reached := errors.Is(err, errTimelineEnded), errors.Is(err, errEndReached)
@@ -144,6 +149,12 @@ func (s *stream) loop(ctx context.Context) error {
 		if s.cfg.Synchronous && s.caughtUp && s.unsynced == 0 {
 			s.writer.Prepare() // for the commits to come
 		}
+		if s.holdBack(ctx) {
+			if ctx.Err() != nil {
+				return nil
+			}
+			continue
+		}
 		// The deadline is given to the socket before ctx and the settings are looked
 		// at; an interruption after that ends the Receive.
 		deadline := s.deadline()
@@ -227,6 +238,7 @@ func (s *stream) handle(ctx context.Context, msg pgrepl.Message) error {
 		return err
 	}
 	s.now.received += int64(len(msg.Data))
+	s.pace.took(len(msg.Data))
 	before := s.writer.Written()
 	if err := s.writer.Write(msg.Start, msg.Data); err != nil {
 		s.dropWriter() // its walker may be ahead of its files: it must not seal any more
@@ -313,7 +325,7 @@ func (s *stream) statusIfDue() error {
 		silent := now.Sub(s.lastHeard)
 		switch {
 		case silent >= s.in.ReceiveTimeout:
-			return fmt.Errorf("no message from the server for %s (receive_timeout)", silent.Round(time.Millisecond))
+			return fmt.Errorf("no message from the server for %s %w", silent.Round(time.Millisecond), errSilent)
 		case silent >= s.in.ReceiveTimeout/2:
 			s.silenceAt = s.lastHeard.Add(s.in.ReceiveTimeout)
 			if !s.asked {
@@ -324,7 +336,8 @@ func (s *stream) statusIfDue() error {
 			s.silenceAt = s.lastHeard.Add(s.in.ReceiveTimeout / 2)
 		}
 	}
-	if s.flushPosition() > s.reported || s.in.StatusInterval > 0 && now.Sub(s.lastSent) >= s.in.StatusInterval {
+	every := s.statusEvery()
+	if s.flushPosition() > s.reported || every > 0 && now.Sub(s.lastSent) >= every {
 		return s.sendStatus(false)
 	}
 	return nil
@@ -346,8 +359,8 @@ func (s *stream) sendStatus(ask bool) error {
 // the same over many messages: moving it costs more than waking up for nothing.
 func (s *stream) deadline() time.Time {
 	d := s.silenceAt
-	if s.in.StatusInterval > 0 {
-		d = earlier(d, s.lastSent.Add(s.in.StatusInterval))
+	if every := s.statusEvery(); every > 0 {
+		d = earlier(d, s.lastSent.Add(every))
 	}
 	patience := s.in.FlushInterval
 	if s.cfg.Synchronous {
@@ -374,7 +387,9 @@ func (s *stream) noteCaughtUp() {
 	}
 	s.caughtUp = true
 	s.setState(Streaming, "")
-	s.log.Info("caught up, streaming", "timeline", s.writer.Timeline(), "lsn", s.writer.Pos())
+	attrs := []any{"timeline", s.writer.Timeline(), "lsn", s.writer.Pos()}
+	s.log.Log(context.Background(), s.level(slog.LevelInfo), "caught up, streaming", append(attrs, s.outage.attrs()...)...)
+	s.outage, s.quietly = outage{}, false
 }
 
 func (s *stream) publish() {

@@ -8,14 +8,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgrepl"
@@ -24,7 +25,7 @@ import (
 
 const (
 	// sustained is how long a session must have streamed for its failure to
-	// count as the first one.
+	// count as the first one. Connecting, and finding the place to start, do not count.
 	sustained = 30 * time.Second
 	// blockedRetry and haltedRetry are the times between two looks at a
 	// condition.
@@ -44,23 +45,28 @@ type Receiver struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network
 	free func() (int64, error)                                                // nil: the archive's file system
 
-	adjusted    atomic.Pointer[Adjustable] // never nil
-	waking      sync.Mutex
-	receiving   *pgrepl.Stream // guarded by waking: what an Adjust wakes; nil: nothing
-	again       chan struct{}  // has one when a halted cluster is to be looked at
-	state       atomic.Pointer[Status]
-	progress    progressCell
-	panics      atomic.Int64
-	compressed  atomic.Int64
-	backlog     atomic.Int64        // sealed segments that wait to be compressed
-	gaps        atomic.Int64        // that the archive has on record, when last looked at
-	room        atomic.Int64        // free bytes of the archive's file system, plus 1; 0: not known
-	compressors *semaphore.Weighted // shared with other receivers
-	decisions   chan decision
-	done        chan struct{} // closed when Run has returned
+	adjusted   atomic.Pointer[Adjustable] // never nil
+	waking     sync.Mutex
+	receiving  *pgrepl.Stream // guarded by waking: what an Adjust wakes; nil: nothing
+	again      chan struct{}  // has one when a halted cluster is to be looked at
+	state      atomic.Pointer[Status]
+	progress   progressCell
+	monitored  atomic.Pointer[monitored] // nil: the monitor has not looked yet
+	panics     atomic.Int64
+	compressed atomic.Int64
+	backlog    atomic.Int64 // sealed segments that wait to be compressed
+	gaps       atomic.Int64 // that the archive has on record, when last looked at
+	room       atomic.Int64 // free bytes of the archive's file system, plus 1; 0: not known
+	shared     *Shared
+	decisions  chan decision
+	done       chan struct{} // closed when Run has returned
 
 	// Owned by Run or RunOnce.
 	now         progress
+	outage      outage
+	pace        pacer // over all sessions
+	scarce      spaceLog
+	mark        wal.LSN // what the archive had when the session began; beyond it WAL is archived
 	dir         *archive.Dir
 	compressing *compressing    // nil: nothing to compress, or no archive is open
 	writer      *archive.Writer // kept from one connection to the next; nil after an error of its own
@@ -78,10 +84,9 @@ type Receiver struct {
 	others map[string]wal.Timeline
 }
 
-// New makes a receiver that does nothing yet. compressors are those of the process;
-// see NewCompressors.
-func New(cfg Config, log *slog.Logger, compressors *semaphore.Weighted) *Receiver {
-	r := &Receiver{cfg: cfg, compressors: compressors, log: log.With("cluster", cfg.Name), again: make(chan struct{}, 1),
+// New makes a receiver that does nothing yet. All receivers of a process have one shared.
+func New(cfg Config, log *slog.Logger, shared *Shared) *Receiver {
+	r := &Receiver{cfg: cfg, shared: shared, log: log.With("cluster", cfg.Name), again: make(chan struct{}, 1),
 		decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
 	r.adjusted.Store(&cfg.Adjustable)
 	r.cfg.Adjustable = Adjustable{} // nobody goes by what may have changed
@@ -131,13 +136,13 @@ func (r *Receiver) LookAgain() {
 func (r *Receiver) Run(ctx context.Context) (err error) {
 	defer close(r.done)
 	defer func() { err = errors.Join(err, r.close()) }()
+	defer r.startMonitor(ctx)()
 	retry := backoff.NewExponentialBackOff()
 	retry.RandomizationFactor = 1 // full jitter: from 0 to twice the interval
 	retry.MaxInterval = 15 * time.Second
-	var reported trouble
 	for {
-		begun, before := time.Now(), r.now.flushed
-		streamed, err := r.guardedSession(ctx)
+		r.mark = r.now.flushed
+		since, err := r.guardedSession(ctx)
 		r.answer("", err)
 		r.accepted = nil
 		if ctx.Err() != nil {
@@ -146,10 +151,10 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 			}
 			return nil
 		}
-		if r.state.Load().State == Streaming || r.now.flushed > before {
-			reported = trouble{} // it was archiving: the next trouble is news
+		if r.state.Load().State == Streaming || r.now.flushed > r.mark {
+			r.outage = outage{} // it was archiving: the next trouble is news
 		}
-		if streamed && time.Since(begun) >= sustained {
+		if !since.IsZero() && time.Since(since) >= sustained {
 			retry.Reset()
 		}
 		t := classify(err)
@@ -158,8 +163,11 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 			t = trouble{Backoff, "gap", 0, ""} // it cannot be recorded yet
 		}
 		pause := t.pause
-		if t.state == Backoff && pause == 0 {
+		switch {
+		case t.state == Backoff && pause == 0:
 			pause = retry.NextBackOff()
+		case t.state != Backoff:
+			pause -= rand.N(pause / 4) // many clusters may have one cause
 		}
 		if t.state == Halted {
 			// Whoever mends this may have to move the directory away.
@@ -167,8 +175,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 				r.log.Debug("closing the archive", "error", err)
 			}
 		}
-		r.setTrouble(t.state, err)
-		reported = r.reportTrouble(reported, t, err, pause)
+		r.report(t, err, pause)
 		wait := sleep
 		if t.state == Halted {
 			wait = func(ctx context.Context, pause time.Duration) bool { return r.halt(ctx, pause, err) }
@@ -187,6 +194,7 @@ const msgNoGoodbye = "stopped without a good-bye to the server"
 // archive again unless it has to.
 func (r *Receiver) RunOnce(ctx context.Context) error {
 	for {
+		r.outage = outage{}
 		_, err := r.guardedSession(ctx)
 		if errors.Is(err, errEndReached) || ctx.Err() != nil && !archive.SyncFailed(err) {
 			if err != nil && !errors.Is(err, errEndReached) && !errors.Is(err, context.Canceled) {
@@ -201,7 +209,7 @@ func (r *Receiver) RunOnce(ctx context.Context) error {
 		if t.state == Halted {
 			err = errors.Join(err, r.release()) // whoever mends this may have to change the directory
 		}
-		r.setTrouble(t.state, err)
+		r.setFailed(t.state, err, r.fillIn(t.hint))
 		return err
 	}
 }
@@ -211,7 +219,7 @@ func (r *Receiver) Close() error { return r.close() }
 
 // guardedSession is a session whose panic is its own failure: siblings go on,
 // and so does this cluster, from what the disk has.
-func (r *Receiver) guardedSession(ctx context.Context) (streamed bool, err error) {
+func (r *Receiver) guardedSession(ctx context.Context) (since time.Time, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = r.panicked(p)
@@ -226,27 +234,97 @@ func (r *Receiver) guardedSession(ctx context.Context) (streamed bool, err error
 func (r *Receiver) panicked(p any) error {
 	r.panics.Add(1)
 	r.log.Error("panic in the receiver; this is a bug in walfleet", "panic", p, "stack", string(debug.Stack()))
-	return fmt.Errorf("internal error: panic: %v", p)
+	return &panicError{p}
 }
 
-// reportTrouble logs a kind of trouble once; the same again is for debugging.
-func (r *Receiver) reportTrouble(last, now trouble, err error, pause time.Duration) trouble {
-	level := slog.LevelWarn
-	if now.state == Halted {
-		level = slog.LevelError
+// outage is the time since WAL was last archived, and what was told of it. Its zero value says that WAL
+// is archived.
+type outage struct {
+	since    time.Time // of the first failure
+	failures int64
+	repeats  int64           // of them that brought nothing new
+	state    State           // of the last one
+	quiet    int64           // failures since the last line of the log
+	kinds    map[string]bool // of trouble that were logged
+	lines    map[string]bool // what was logged of its sessions
+}
+
+// add counts a failure, and reports whether it is to be logged: where the state is another one, or the kind
+// of trouble is new. Two that take turns in one state are told once each.
+func (o *outage) add(t trouble) (news bool) {
+	if o.kinds == nil {
+		o.since, o.kinds = time.Now(), map[string]bool{}
 	}
-	if last.state == now.state && last.kind == now.kind {
+	o.failures++
+	news = o.state != t.state || !o.kinds[t.kind]
+	o.state, o.kinds[t.kind] = t.state, true
+	if !news {
+		o.repeats++
+		o.quiet++
+	}
+	return news
+}
+
+// attrs tell of an outage in the line that ends it.
+func (o *outage) attrs() []any {
+	if o.failures == 0 {
+		return nil
+	}
+	return []any{"failures", o.failures, "not_archiving_for", time.Since(o.since).Round(time.Second)}
+}
+
+// once logs what sessions come to: the first time until WAL is archived again as it is told to, for sessions
+// may get as far again and again, and then for debugging. What matters of attrs comes first.
+func (r *Receiver) once(level slog.Level, msg string, attrs ...any) {
+	line := fmt.Sprint(msg, attrs[:2])
+	if r.outage.lines[line] {
 		level = slog.LevelDebug
 	}
-	attrs := []any{"state", string(now.state), "error", err, "retry_in", pause.Round(time.Millisecond)}
+	if r.outage.lines == nil {
+		r.outage.lines = map[string]bool{}
+	}
+	r.outage.lines[line] = true
+	r.log.Log(context.Background(), level, msg, attrs...)
+}
+
+// report publishes trouble, and logs it when it is new. What comes again is counted, in the status and in the
+// next line that is different; and logged for debugging.
+func (r *Receiver) report(t trouble, err error, pause time.Duration) {
+	quiet := r.outage.quiet
+	news := r.outage.add(t)
+	hint := r.fillIn(t.hint)
+	r.setFailed(t.state, err, hint)
+	level := slog.LevelWarn
+	switch {
+	case !news:
+		level = slog.LevelDebug
+	case t.state == Halted:
+		level = slog.LevelError
+	}
+	attrs := []any{"state", string(t.state), "error", err, "retry_in", pause.Round(time.Millisecond)}
 	if r.now.flushed != 0 {
 		attrs = append(attrs, "timeline", r.now.timeline, "flushed", r.now.flushed)
 	}
-	if now.hint != "" {
-		attrs = append(attrs, "hint", now.hint)
+	if news && quiet > 0 {
+		attrs = append(attrs, "repeated_before", quiet)
+		r.outage.quiet = 0
+	}
+	if hint != "" {
+		attrs = append(attrs, "hint", hint)
 	}
 	r.log.Log(context.Background(), level, MsgTrouble, attrs...)
-	return now
+}
+
+// fillIn puts names into a hint.
+func (r *Receiver) fillIn(hint string) string {
+	if !strings.Contains(hint, "{") {
+		return hint
+	}
+	role := "ROLE"
+	if c, err := pgrepl.ParseConninfo(r.cfg.Conninfo); err == nil {
+		role = pgrepl.QuoteIdentifier(c.User())
+	}
+	return strings.NewReplacer("{cluster}", r.cfg.Name, "{slot}", r.cfg.Slot, "{role}", role).Replace(hint)
 }
 
 // dropWriter forgets the writer after an error of its own, so that the next

@@ -24,7 +24,6 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/pierrec/lz4/v4"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/walfleet/walfleet/internal/pgtest"
 	"github.com/walfleet/walfleet/internal/wal"
@@ -50,8 +49,8 @@ type rig struct {
 	busy atomic.Bool                                                          // more always waits in the socket
 	room atomic.Int64                                                         // free bytes of the archive's file system; 0: enough
 
-	logTo       io.Writer // nil: logs
-	compressors *semaphore.Weighted
+	logTo  io.Writer // nil: logs
+	shared *Shared
 
 	r      *Receiver
 	cancel context.CancelFunc
@@ -99,7 +98,7 @@ func bubble(t *testing.T, f func(g *rig)) {
 
 func newRig(t *testing.T, size wal.SegmentSize) *rig {
 	g := &rig{
-		T: t, size: size, compressors: NewCompressors(1), wal: newWAL(size), logs: &logs{},
+		T: t, size: size, shared: NewShared(1, 1), wal: newWAL(size), logs: &logs{},
 		srv:   pgtest.NewServer(t, pgtest.State{Slots: map[string]*pgtest.Slot{"walfleet": {RestartLSN: origin}}}),
 		truth: map[wal.Timeline]image{}, judged: map[wal.Timeline]wal.LSN{},
 		cfg: Config{
@@ -220,7 +219,7 @@ func (g *rig) make() {
 	if g.logTo == nil {
 		g.logTo = g.logs
 	}
-	r := New(g.cfg, slog.New(slog.NewTextHandler(g.logTo, &slog.HandlerOptions{Level: slog.LevelDebug})), g.compressors)
+	r := New(g.cfg, slog.New(slog.NewTextHandler(g.logTo, &slog.HandlerOptions{Level: slog.LevelDebug})), g.shared)
 	r.dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 		g.mu.Lock()
 		dial := g.dial

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/walfleet/walfleet/internal/archive"
@@ -20,18 +21,18 @@ type session struct {
 	alternative bool
 }
 
-// session connects and archives until something ends it. streamed tells whether
-// WAL was streamed at all. When ctx is done, what was received is flushed and
+// session connects and archives until something ends it. since is when streaming
+// began; zero: it did not. When ctx is done, what was received is flushed and
 // the server is told before it returns.
-func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
-	r.setState(Connecting, r.state.Load().Reason)
+func (r *Receiver) session(ctx context.Context) (since time.Time, err error) {
+	r.lookAgain()
 	if r.dir == nil {
 		open := archive.Open
 		if r.cfg.NoSync {
 			open = archive.OpenUnsynced
 		}
 		if r.dir, err = open(r.cfg.Dir); err != nil {
-			return false, err
+			return since, err
 		}
 		r.startCompressing() // the server may be away for long
 	}
@@ -41,7 +42,7 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	}
 	s := &session{Receiver: r}
 	if err := s.connect(ctx); err != nil {
-		return false, err
+		return since, err
 	}
 	defer s.conn.Close()
 	defer func() { err = s.judgeHost(err) }()
@@ -49,15 +50,15 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	s.logConnected()
 	r.dir.SetGroupReadable(s.id.GroupReadable)
 	if err := s.storeHistories(ctx); err != nil {
-		return false, err
+		return since, err
 	}
 	if err := s.chooseStart(ctx); err != nil {
-		return false, err
+		return since, err
 	}
 	r.startCompressing()
 	r.compressLater(nil, true) // opening the writer may have sealed some
 	if err := r.writer.Unsound(); err != nil {
-		r.log.Error("the archive goes on behind a file that needs a person", "error", err)
+		r.once(slog.LevelError, "the archive goes on behind a file that needs a person", "error", err)
 	}
 	ctx, leave := context.WithCancelCause(ctx)
 	defer leave(nil)
@@ -67,32 +68,32 @@ func (r *Receiver) session(ctx context.Context) (streamed bool, err error) {
 	for {
 		s.log.Debug(MsgStarting, "timeline", s.writer.Timeline(), "lsn", s.writer.Pos())
 		if err := s.checkEnd(s.id.SegmentSize.Start(s.writer.Pos())); err != nil {
-			return streamed, err
+			return since, err
 		}
 		stream, next, err := s.start(ctx)
 		if err != nil {
-			return streamed, err
+			return since, err
 		}
 
 		if stream != nil {
-			if !streamed {
+			if since.IsZero() {
 				s.now.streams++
+				since = time.Now()
 			}
-			streamed = true
 			next, err = s.receive(ctx, stream)
 			if err == nil {
 				err = context.Cause(ctx)
 			}
 			if err != nil {
-				return true, err
+				return since, err
 			}
 		}
 		if next.Timeline == 0 {
 			// A PolarDB read-only node was promoted; its timeline stays.
-			return true, &refusedError{"the server ended the stream and named no next timeline"}
+			return since, &refusedError{"the server ended the stream and named no next timeline"}
 		}
 		if err := s.follow(ctx, next); err != nil {
-			return true, err
+			return since, err
 		}
 	}
 }
@@ -132,7 +133,7 @@ func (s *session) logConnected() {
 	if s.id.InRecovery {
 		attrs = append(attrs, "role", "standby")
 	}
-	s.log.Info(MsgConnected, attrs...)
+	s.once(slog.LevelInfo, MsgConnected, attrs...)
 }
 
 // storeHistories stores the history of the server's timeline, and those of its
@@ -152,7 +153,7 @@ func (s *session) storeHistories(ctx context.Context) error {
 		}
 		_, err := s.fetchHistory(ctx, fork.Timeline)
 		if pgrepl.Code(err) == pgrepl.CodeUndefinedFile {
-			s.log.Warn("the server does not have the history of an older timeline", "timeline", fork.Timeline)
+			s.once(slog.LevelWarn, "the server does not have the history of an older timeline", "timeline", fork.Timeline)
 			continue
 		}
 		if err != nil {

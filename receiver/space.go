@@ -3,6 +3,7 @@ package receiver
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/walfleet/walfleet/internal/archive"
@@ -11,6 +12,18 @@ import (
 // spaceInterval is how often the free space is looked at, and, while there is too
 // little, how often the server hears from us.
 const spaceInterval = time.Second
+
+// spaceNews is the shortest time between two warnings: others may use the file system
+// too, and what is free may go up and down around min_free.
+const spaceNews = time.Minute
+
+// spaceLog is what was logged about missing room.
+type spaceLog struct {
+	at    time.Time // of the last warning
+	quiet int64     // times since that there was too little, and no warning
+}
+
+const hintSpace = "make room in archive_dir; the server keeps its WAL meanwhile, a synchronous one waits, and archiving goes on by itself"
 
 // awaitSpace returns once the archive's file system has min_free bytes left, and
 // room for another segment where n more bytes of WAL need one. Until then nothing is
@@ -29,9 +42,9 @@ func (s *stream) awaitSpace(ctx context.Context, n int) error {
 		return err
 	}
 	s.publish()
-	s.setState(Blocked, shortage)
-	s.log.Warn(MsgTrouble, "state", string(Blocked), "error", shortage, "flushed", s.now.flushed,
-		"hint", "make room in archive_dir; the server keeps its WAL meanwhile, a synchronous one waits, and archiving goes on by itself")
+	s.outage.add(trouble{state: Blocked, kind: "space"})
+	s.setTrouble(Blocked, shortage, hintSpace)
+	s.logShortage(ctx, shortage)
 	for shortage != "" {
 		if err := s.sendStatus(false); err != nil {
 			return err
@@ -43,12 +56,36 @@ func (s *stream) awaitSpace(ctx context.Context, n int) error {
 			return err
 		}
 	}
-	s.log.Info("there is room again, archiving goes on")
+	s.log.Log(ctx, s.level(slog.LevelInfo), "there is room again, archiving goes on")
 	s.caughtUp = false
 	s.setState(CatchingUp, "")
 	s.lastHeard = time.Now() // nothing was read
 	s.silenceAt = s.lastHeard.Add(s.in.ReceiveTimeout / 2)
 	return nil
+}
+
+// logShortage warns of missing room, unless that was done just now.
+func (s *stream) logShortage(ctx context.Context, shortage string) {
+	l := &s.Receiver.scarce
+	s.quietly = !l.at.IsZero() && time.Since(l.at) < spaceNews
+	attrs := []any{"state", string(Blocked), "error", shortage, "flushed", s.now.flushed, "hint", hintSpace}
+	if s.quietly {
+		l.quiet++
+	} else {
+		if l.quiet > 0 {
+			attrs = append(attrs, "repeated_before", l.quiet)
+		}
+		*l = spaceLog{at: time.Now()}
+	}
+	s.log.Log(ctx, s.level(slog.LevelWarn), MsgTrouble, attrs...)
+}
+
+// level is that of what follows from missing room that was logged quietly.
+func (s *stream) level(level slog.Level) slog.Level {
+	if s.quietly {
+		return slog.LevelDebug
+	}
+	return level
 }
 
 // shortage says what room is missing, for another segment too where that is due;

@@ -21,11 +21,17 @@ const (
 	Stopped    State = "stopped"     // told to stop
 )
 
-// Status is one consistent snapshot of a receiver.
+// Status is one consistent snapshot of a receiver. Nobody may change what its slices
+// hold.
 type Status struct {
 	State  State
 	Reason string // in words; empty while all is well
-	Since  time.Time
+	Hint   string // what a person can do about it; often empty
+	// Since is when the state began. Blocked and Halted go on while their condition is looked at again.
+	Since time.Time
+	// TroubleSince is when WAL stopped being archived: the first of all failures since it was. Zero: it is archived.
+	TroubleSince time.Time
+	Repeats      int64 // failures since then that brought nothing new, and were not logged
 
 	Host          string // "host:port" of the last server that was accepted
 	ServerVersion string
@@ -40,6 +46,7 @@ type Status struct {
 	ServerEnd wal.LSN   // exclusive end of the server's WAL as last told; 0: not known
 	LastData  time.Time // when the last message came
 	CaughtUp  time.Time // the archive has all that the server was known to have then; zero: not known since New
+	HeldBack  time.Time // when MaxRate last kept from reading; zero: never
 
 	Rate               float64 // bytes a second received lately, over 5 to 15 s; 0 while nothing is streamed
 	ReceivedBytes      int64   // WAL received, with what was received again
@@ -54,6 +61,12 @@ type Status struct {
 	DiskFree    int64  // bytes of the archive's file system that are left, when last looked at; -1: not known
 	LastError   string // what ended a session last, whatever came after it; "": nothing did
 	LastErrorAt time.Time
+
+	Slots    []SlotView // of each host of the conninfo, in its order; nil: the monitor has not looked, or is off
+	Warnings []Warning  // dangers that do not end the archiving
+
+	halt    int64 // how often it was halted; a decision is about one of them
+	looking bool  // Blocked or Halted, and the condition is just looked at again
 }
 
 // Lag is the WAL in bytes that the server had, when it last spoke, and the
@@ -87,10 +100,13 @@ func (r *Receiver) Status() Status {
 	s.ReceivedBytes, s.ReceivedAgain = p.received, p.again
 	s.SegmentsSealed, s.Reconnects = p.sealed, max(p.streams-1, 0)
 	s.Panics, s.SegmentsCompressed, s.CompressBacklog = r.panics.Load(), r.compressed.Load(), r.backlog.Load()
-	s.LastData, s.CaughtUp = unixTime(p.lastMessage), unixTime(p.caughtUp)
+	s.LastData, s.CaughtUp, s.HeldBack = unixTime(p.lastMessage), unixTime(p.caughtUp), unixTime(p.heldBack)
 	s.Gaps, s.DiskFree = r.gaps.Load(), r.room.Load()-1
 	if s.State == Streaming || s.State == CatchingUp {
 		s.Rate = p.rate(time.Now())
+	}
+	if w := r.monitored.Load(); w != nil {
+		s.Slots, s.Warnings = w.slots, w.warnings
 	}
 	return s
 }
@@ -104,25 +120,49 @@ func unixTime(ns int64) time.Time {
 }
 
 // setState publishes a transition. Since moves only when the state changes.
-func (r *Receiver) setState(state State, reason string) {
+func (r *Receiver) setState(state State, reason string) { r.setTrouble(state, reason, "") }
+
+// setTrouble is setState with a hint.
+func (r *Receiver) setTrouble(state State, reason, hint string) {
 	s := *r.state.Load()
 	old := s.State
 	if old != state {
 		s.Since = time.Now()
 	}
-	s.State, s.Reason = state, reason
+	if state == Halted {
+		s.halt++
+	}
+	s.State, s.Reason, s.Hint, s.looking = state, reason, hint, false
+	s.TroubleSince, s.Repeats = time.Time{}, 0
+	switch state {
+	case Connecting, Backoff, Blocked, Halted:
+		s.TroubleSince, s.Repeats = r.outage.since, r.outage.repeats
+	}
 	r.state.Store(&s)
 	if old == CatchingUp && state != old {
 		r.compressLater(nil, true) // it has waited for this
 	}
 }
 
-// setTrouble publishes what ended a session, and the state that follows from it.
-func (r *Receiver) setTrouble(state State, err error) {
+// setFailed publishes what ended a session, and the state that follows from it.
+func (r *Receiver) setFailed(state State, err error, hint string) {
 	s := *r.state.Load()
 	s.LastError, s.LastErrorAt = err.Error(), time.Now()
 	r.state.Store(&s)
-	r.setState(state, err.Error())
+	r.setTrouble(state, err.Error(), hint)
+}
+
+// lookAgain begins an attempt. What needs a person, or waits for a condition, does
+// so until the attempt has shown that it is over: nobody is to take a cluster that
+// is halted for days for one that has just begun to connect.
+func (r *Receiver) lookAgain() {
+	s := *r.state.Load()
+	if s.State != Halted && s.State != Blocked {
+		r.setTrouble(Connecting, s.Reason, s.Hint)
+		return
+	}
+	s.looking = true
+	r.state.Store(&s)
 }
 
 func (r *Receiver) setServer(host string, id pgrepl.Identity) {
@@ -137,7 +177,7 @@ type progress struct {
 	timeline                            wal.Timeline
 	written, synced, flushed, serverEnd wal.LSN
 	received, again, sealed, streams    int64
-	lastMessage, caughtUp               int64 // Unix times in ns; 0: never
+	lastMessage, caughtUp, heldBack     int64 // Unix times in ns; 0: never
 	// The rate is that since the first of two marks, the last of which is younger
 	// than rateWindow while the loop goes round.
 	marks [2]mark
@@ -175,13 +215,13 @@ func (p *progress) rate(now time.Time) float64 {
 // store, has moved.
 type progressCell struct {
 	sequence atomic.Uint64
-	field    [15]atomic.Uint64
+	field    [16]atomic.Uint64
 }
 
 func (c *progressCell) store(p progress) {
 	c.sequence.Add(1)
 	for i, v := range [len(c.field)]uint64{uint64(p.timeline), uint64(p.written), uint64(p.synced), uint64(p.flushed), uint64(p.serverEnd),
-		uint64(p.received), uint64(p.again), uint64(p.sealed), uint64(p.streams), uint64(p.lastMessage), uint64(p.caughtUp),
+		uint64(p.received), uint64(p.again), uint64(p.sealed), uint64(p.streams), uint64(p.lastMessage), uint64(p.caughtUp), uint64(p.heldBack),
 		uint64(p.marks[0].at), uint64(p.marks[0].received), uint64(p.marks[1].at), uint64(p.marks[1].received)} {
 		if c.field[i].Load() != v { // most stay the same, and a load is cheap
 			c.field[i].Store(v)
@@ -199,8 +239,8 @@ func (c *progressCell) load() progress {
 		}
 		if before%2 == 0 && c.sequence.Load() == before {
 			return progress{wal.Timeline(v[0]), wal.LSN(v[1]), wal.LSN(v[2]), wal.LSN(v[3]), wal.LSN(v[4]),
-				int64(v[5]), int64(v[6]), int64(v[7]), int64(v[8]), int64(v[9]), int64(v[10]),
-				[2]mark{{int64(v[11]), int64(v[12])}, {int64(v[13]), int64(v[14])}}}
+				int64(v[5]), int64(v[6]), int64(v[7]), int64(v[8]), int64(v[9]), int64(v[10]), int64(v[11]),
+				[2]mark{{int64(v[12]), int64(v[13])}, {int64(v[14]), int64(v[15])}}}
 		}
 	}
 }

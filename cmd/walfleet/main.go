@@ -63,7 +63,8 @@ synced to disk.
 
 First steps:
   walfleet demo                       see it archive two throwaway primaries
-  walfleet run -c walfleet.toml       archive the clusters of a file
+  walfleet check -c walfleet.toml     test what archiving the clusters of a file takes
+  walfleet run -c walfleet.toml       archive them
   walfleet status                     how the clusters are
   walfleet reload                     read the file again; unchanged clusters are not touched
 
@@ -93,7 +94,7 @@ The role needs REPLICATION, and pg_hba.conf a line such as
 	}
 	root.PersistentFlags().StringVarP(&g.configFile, "config", "c", g.configFile, "configuration file (environment: WALFLEET_CONFIG)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newRunCommand(g), newStatusCommand(g), newReloadCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g), newReceivewalCommand(), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newRunCommand(g), newCheckCommand(g), newStatusCommand(g), newReloadCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g), newReceivewalCommand(), newDemoCommand(), newVersionCommand())
 	return root
 }
 

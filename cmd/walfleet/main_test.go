@@ -41,6 +41,10 @@ func TestUsageErrorsAreToldFromFailures(t *testing.T) {
 		says  string
 	}{
 		{[]string{"rnu"}, true, `unknown command "rnu"; did you mean "run"?`},
+		{[]string{"check", "--json", "--nagios"}, true, "exclude each other"},
+		{[]string{"check", "--diff", "a"}, true, "takes no cluster"},
+		{[]string{"check", "-c", good, "b"}, false, `there is no cluster "b"`},
+		{[]string{"check", "-c", good, "--diff"}, false, "no walfleet answers at"},
 		{[]string{"run", "--bogus"}, true, "unknown flag: --bogus"},
 		{[]string{"run", "now"}, true, `run takes no argument, got "now"`},
 		{[]string{"version", "1"}, true, "version takes no argument"},
@@ -92,6 +96,7 @@ func TestHelpVersionAndCompletionPrint(t *testing.T) {
 	}{
 		{nil, "First steps:"},
 		{[]string{"--help"}, "walfleet reload"},
+		{[]string{"check", "--help"}, "--nagios"},
 		{[]string{"run", "--help"}, "SIGHUP"},
 		{[]string{"demo", "--help"}, "byte for byte"},
 		{[]string{"version"}, "walfleet "},

@@ -13,6 +13,7 @@ import (
 
 	"github.com/walfleet/walfleet/fleet"
 	"github.com/walfleet/walfleet/internal/control"
+	"github.com/walfleet/walfleet/internal/systemd"
 )
 
 func newRunCommand(g *globals) *cobra.Command {
@@ -54,6 +55,8 @@ func run(ctx context.Context, file string, hangup <-chan os.Signal) error {
 	if err != nil {
 		return err
 	}
+	service := systemd.New(d, log)
+	d.Reloading = service.Reloading
 	listener, err := control.Listen(cfg.RuntimeDir)
 	if err != nil {
 		return err
@@ -66,20 +69,24 @@ func run(ctx context.Context, file string, hangup <-chan os.Signal) error {
 		}
 		return err
 	})
-	ended := make(chan error, 1)
-	go func() { ended <- errors.Join(d.Run(ctx), commands.Wait()) }()
-	log.Info("walfleet started", "version", version(), "config", file, "clusters", len(cfg.Clusters), "archive_dir", cfg.ArchiveDir)
-	for {
-		select {
-		case err := <-ended:
-			if err == nil {
-				log.Info("walfleet stopped")
+	commands.Go(func() error { service.Run(ctx); return nil })
+	// Nobody waits for it: a reload that a file system holds for good must not hold the end.
+	go func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-hangup:
+				d.Reload(ctx, "")
 			}
-			return err
-		case <-hangup:
-			d.Reload(ctx, "")
 		}
+	}()
+	log.Info("walfleet started", "version", version(), "config", file, "clusters", len(cfg.Clusters), "archive_dir", cfg.ArchiveDir)
+	err = errors.Join(d.Run(ctx), commands.Wait())
+	if err == nil {
+		log.Info("walfleet stopped")
 	}
+	return err
 }
 
 // newLogger logs to standard error, as the configuration says, from level on.

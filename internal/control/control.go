@@ -4,6 +4,7 @@
 //
 //	GET  /v1/status                            a fleet.Report
 //	POST /v1/reload?file=PATH                  a fleet.Outcome, once it has one
+//	POST /v1/preview?file=NAME                 a fleet.Outcome; the body is a configuration, of which nothing is done
 //	POST /v1/clusters/NAME/accept-gap
 //	POST /v1/clusters/NAME/accept-divergence
 //
@@ -46,12 +47,15 @@ const (
 	statusTimeout = 10 * time.Second
 	// maxAnswer bounds what a client reads, in bytes: some thousand clusters' status.
 	maxAnswer = 64 << 20
+	// maxConfig bounds the configuration that a client sends, in bytes.
+	maxConfig = 16 << 20
 )
 
 // daemon is what answers commands.
 type daemon interface {
 	Decide(ctx context.Context, cluster string, what receiver.Decision) (string, error)
 	Reload(ctx context.Context, file string) fleet.Outcome
+	Preview(file string, content []byte) fleet.Outcome
 	Report() fleet.Report
 }
 
@@ -135,6 +139,20 @@ func handler(ctx context.Context, d daemon) http.Handler {
 		}
 		reply(w, status, out)
 	})
+	mux.HandleFunc("POST /v1/preview", func(w http.ResponseWriter, r *http.Request) {
+		file := r.URL.Query().Get("file")
+		content, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxConfig))
+		if err != nil {
+			reply(w, http.StatusBadRequest, fleet.Outcome{File: file, Error: fmt.Sprintf("reading the configuration: %v", err)})
+			return
+		}
+		out := d.Preview(file, content)
+		status := http.StatusOK
+		if out.Error != "" {
+			status = http.StatusConflict
+		}
+		reply(w, status, out)
+	})
 	for _, what := range []receiver.Decision{receiver.AcceptGap, receiver.AcceptDivergence} {
 		mux.HandleFunc("POST /v1/clusters/{name}/"+string(what), func(w http.ResponseWriter, r *http.Request) {
 			// When that of reading the request passes, its context ends.
@@ -168,7 +186,7 @@ type answer struct {
 // cluster, and returns what was done.
 func Decide(ctx context.Context, runtimeDir, cluster string, what receiver.Decision) (string, error) {
 	var a answer
-	err := ask(ctx, runtimeDir, http.MethodPost, "clusters/"+url.PathEscape(cluster)+"/"+string(what), decideTimeout+dialTimeout, &a)
+	err := ask(ctx, runtimeDir, http.MethodPost, "clusters/"+url.PathEscape(cluster)+"/"+string(what), decideTimeout+dialTimeout, nil, &a)
 	if err == nil && a.Error != "" {
 		err = errors.New(a.Error)
 	}
@@ -181,20 +199,28 @@ func Decide(ctx context.Context, runtimeDir, cluster string, what receiver.Decis
 // bounds how long it may take.
 func Reload(ctx context.Context, runtimeDir, file string, timeout time.Duration) (fleet.Outcome, error) {
 	var out fleet.Outcome
-	err := ask(ctx, runtimeDir, http.MethodPost, "reload?file="+url.QueryEscape(file), timeout, &out)
+	err := ask(ctx, runtimeDir, http.MethodPost, "reload?file="+url.QueryEscape(file), timeout, nil, &out)
+	return out, err
+}
+
+// Preview asks the daemon of a runtime directory what a reload would do if its file had
+// this content. file is its name, for errors.
+func Preview(ctx context.Context, runtimeDir, file string, content []byte) (fleet.Outcome, error) {
+	var out fleet.Outcome
+	err := ask(ctx, runtimeDir, http.MethodPost, "preview?file="+url.QueryEscape(file), statusTimeout, bytes.NewReader(content), &out)
 	return out, err
 }
 
 // Status asks the daemon of a runtime directory how its clusters are.
 func Status(ctx context.Context, runtimeDir string) (fleet.Report, error) {
 	var r fleet.Report
-	err := ask(ctx, runtimeDir, http.MethodGet, "status", statusTimeout, &r)
+	err := ask(ctx, runtimeDir, http.MethodGet, "status", statusTimeout, nil, &r)
 	return r, err
 }
 
-// ask sends a request without a body, and reads the answer into answer. The error is
+// ask sends a request, with a body or nil, and reads the answer into answer. The error is
 // ErrNoDaemon when the socket is not there or nobody listens.
-func ask(ctx context.Context, runtimeDir, method, resource string, timeout time.Duration, answer any) error {
+func ask(ctx context.Context, runtimeDir, method, resource string, timeout time.Duration, body io.Reader, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	path := filepath.Join(runtimeDir, socketName)
@@ -202,7 +228,7 @@ func ask(ctx context.Context, runtimeDir, method, resource string, timeout time.
 		return (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "unix", path)
 	}}
 	defer transport.CloseIdleConnections()
-	request, err := http.NewRequestWithContext(ctx, method, "http://walfleet/v1/"+resource, nil)
+	request, err := http.NewRequestWithContext(ctx, method, "http://walfleet/v1/"+resource, body)
 	if err != nil {
 		return err
 	}
@@ -218,12 +244,12 @@ func ask(ctx context.Context, runtimeDir, method, resource string, timeout time.
 		return fmt.Errorf("asking the walfleet at %s: %w", path, err)
 	}
 	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
+	data, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
 	if err != nil {
 		return fmt.Errorf("asking the walfleet at %s: %w", path, err)
 	}
-	if err := json.Unmarshal(body, answer); err != nil {
-		return fmt.Errorf("the daemon at %s answered %s: %.200q", path, response.Status, bytes.TrimSpace(body))
+	if err := json.Unmarshal(data, answer); err != nil {
+		return fmt.Errorf("the daemon at %s answered %s: %.200q", path, response.Status, bytes.TrimSpace(data))
 	}
 	return nil
 }

@@ -28,6 +28,11 @@ func (f *oneCluster) Reload(ctx context.Context, file string) fleet.Outcome {
 	return f.reload(ctx)
 }
 
+func (f *oneCluster) Preview(file string, content []byte) fleet.Outcome {
+	f.asked = append(f.asked, "preview "+file+" "+string(content))
+	return fleet.Outcome{File: file, Plan: fleet.Plan{Adjust: []string{"a"}}}
+}
+
 func (f *oneCluster) Report() fleet.Report {
 	lag := int64(5)
 	return fleet.Report{
@@ -128,6 +133,22 @@ func TestReloadReturnsTheOutcomeHoweverLongItTakes(t *testing.T) {
 	}
 }
 
+func TestPreviewSendsTheContent(t *testing.T) {
+	var d oneCluster
+	dir, _ := serve(t, &d)
+	got, err := Preview(t.Context(), dir, "/etc/new file.toml", []byte("a = 1\n"))
+	if want := (fleet.Outcome{File: "/etc/new file.toml", Plan: fleet.Plan{Adjust: []string{"a"}}}); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+	if len(d.asked) != 1 || d.asked[0] != "preview /etc/new file.toml a = 1\n" {
+		t.Errorf("asked %q", d.asked)
+	}
+	got, err = Preview(t.Context(), dir, "new.toml", make([]byte, maxConfig+1))
+	if err == nil && !strings.Contains(got.Error, "too large") || len(d.asked) != 1 {
+		t.Errorf("a file that is too large: %+v, %v", got, err)
+	}
+}
+
 // A reload that has begun is not given up because somebody pressed Control-C.
 func TestReloadGoesOnWhenWhoeverAskedIsGone(t *testing.T) {
 	begun, ended := make(chan struct{}), make(chan error, 1)
@@ -179,7 +200,7 @@ func TestOnlyReadingIsSafe(t *testing.T) {
 	for _, c := range []struct{ method, resource string }{
 		{"GET", "reload"}, {"GET", "clusters/orders.eu/accept-gap"}, {"POST", "status"},
 	} {
-		if err := ask(t.Context(), dir, c.method, c.resource, time.Minute, &answer{}); err == nil || !strings.Contains(err.Error(), "405") {
+		if err := ask(t.Context(), dir, c.method, c.resource, time.Minute, nil, &answer{}); err == nil || !strings.Contains(err.Error(), "405") {
 			t.Errorf("%s %s: %v", c.method, c.resource, err)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -32,6 +33,9 @@ type Options struct {
 	Timeout time.Duration
 	// Dial replaces the network, for tests. It gets what net.Dialer would.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// NoteAuth makes the connection remember how the server authenticated us; see
+	// Conn.AuthMethod.
+	NoteAuth bool
 }
 
 // Conn is a connection in physical replication mode. It is used by one
@@ -41,6 +45,7 @@ type Conn struct {
 	host    string
 	config  *pgconn.Config
 	timeout time.Duration
+	method  string // of authentication, if it was noted
 }
 
 // Identity is what a server says of itself on a new connection.
@@ -57,8 +62,28 @@ type Identity struct {
 }
 
 // Connect opens a replication connection to the host at index i of Hosts. It
-// takes at most connect_timeout for each address of the host.
+// takes at most connect_timeout to look the host up, and for each address of it.
 func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error) {
+	config, dialled, err := c.configure(i, o)
+	if err != nil {
+		return nil, err
+	}
+	method, noting := new(authMethod), config
+	if o.NoteAuth {
+		noting = config.Copy()
+		noting.BuildFrontend = method.frontend
+	}
+	pg, err := dialUp(ctx, noting)
+	if err != nil {
+		return nil, c.connectError(c.hosts[i].name, dialled.list(), config.Password, err)
+	}
+	pg.Frontend().Untrace()
+	return &Conn{pg: pg, host: c.hosts[i].name, config: config, timeout: o.Timeout, method: method.name}, nil
+}
+
+// configure is how to connect to the host at index i, and where it is noted which
+// addresses that dials.
+func (c *Conninfo) configure(i int, o Options) (*pgconn.Config, *addresses, error) {
 	h := c.hosts[i]
 	config := h.config.Copy()
 	dialer := h.dialer
@@ -68,29 +93,27 @@ func (c *Conninfo) Connect(ctx context.Context, i int, o Options) (*Conn, error)
 		dial = o.Dial
 		config.LookupFunc = func(_ context.Context, host string) ([]string, error) { return []string{host}, nil }
 	}
-	var dialled addresses
+	lookup := config.LookupFunc
+	config.LookupFunc = func(ctx context.Context, host string) ([]string, error) {
+		ctx, cancel := context.WithTimeout(ctx, config.ConnectTimeout) // pgconn bounds what comes after it
+		defer cancel()
+		return lookup(ctx, host)
+	}
+	dialled := new(addresses)
 	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		dialled.add(address)
 		return dial(ctx, network, address)
 	}
-	if o.ApplicationName != "" {
-		config.RuntimeParams["application_name"] = o.ApplicationName
-	} else if config.RuntimeParams["application_name"] == "" {
-		config.RuntimeParams["application_name"] = "walfleet"
-	}
+	config.RuntimeParams["application_name"] = applicationName(config, o.ApplicationName)
 	if o.PasswordFile != "" {
 		data, err := os.ReadFile(o.PasswordFile)
 		if err != nil {
-			return nil, fmt.Errorf("password_file: %w", err)
+			return nil, nil, &PasswordFileError{err}
 		}
 		line, _, _ := strings.Cut(string(data), "\n")
 		config.Password = strings.TrimSuffix(line, "\r")
 	}
-	pg, err := pgconn.ConnectConfig(ctx, config)
-	if err != nil {
-		return nil, c.connectError(h.name, dialled.list(), config.Password, err)
-	}
-	return &Conn{pg: pg, host: h.name, config: config, timeout: o.Timeout}, nil
+	return config, dialled, nil
 }
 
 // addresses are those that were dialled. pgconn dials in a goroutine of its own
@@ -115,12 +138,39 @@ func (a *addresses) list() []string {
 // Host is the server's "host:port".
 func (c *Conn) Host() string { return c.host }
 
-// Close says goodbye and closes the connection, within the timeout.
-func (c *Conn) Close() {
-	ctx, cancel := context.WithTimeout(context.Background(), min(c.timeout, time.Second))
+// Close says goodbye and closes the connection, within the timeout and a second.
+func (c *Conn) Close() { hangUp(c.pg, c.timeout) }
+
+// dialUp is pgconn.ConnectConfig, but that the connection sends no cancel request
+// when it breaks: that is another connection to a server that may hang, and Close would
+// wait for it.
+func dialUp(ctx context.Context, config *pgconn.Config) (*pgconn.PgConn, error) {
+	config = config.Copy()
+	dial := config.DialFunc
+	var connected atomic.Bool
+	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		if connected.Load() {
+			return nil, net.ErrClosed
+		}
+		return dial(ctx, network, address)
+	}
+	pg, err := pgconn.ConnectConfig(ctx, config)
+	connected.Store(true)
+	return pg, err
+}
+
+// hangUp says goodbye and closes a connection. A server that does not hang up too,
+// within timeout and a second, is not waited for.
+func hangUp(pg *pgconn.PgConn, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Second))
 	defer cancel()
-	_ = c.pg.Close(ctx)
-	<-c.pg.CleanupDone()
+	_ = pg.Close(ctx)
+	select {
+	case <-pg.CleanupDone():
+	case <-ctx.Done():
+		_ = pg.Conn().Close()
+		<-pg.CleanupDone()
+	}
 }
 
 // Identify asks the server who it is. A server that cannot be archived at all
@@ -255,7 +305,7 @@ func (c *Conn) ReadSlot(ctx context.Context, id Identity, name string) (Slot, er
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	doing := "READ_REPLICATION_SLOT " + quoteIdentifier(name)
+	doing := "READ_REPLICATION_SLOT " + QuoteIdentifier(name)
 	results, err := c.pg.Exec(ctx, doing).ReadAll()
 	if err != nil {
 		return Slot{}, wrap(doing, err)
@@ -299,14 +349,11 @@ func (c *Conn) SelectSlot(ctx context.Context, name string) (Slot, error) {
 	unreadable := func(err error) (Slot, error) {
 		return Slot{}, fmt.Errorf("%w on database %s: %w", ErrSlotUnreadable, clean(config.Database), wrap("asking", err))
 	}
-	pg, err := pgconn.ConnectConfig(ctx, config)
+	pg, err := dialUp(ctx, config)
 	if err != nil {
 		return unreadable(err)
 	}
-	defer func() {
-		_ = pg.Close(ctx)
-		<-pg.CleanupDone()
-	}()
+	defer hangUp(pg, c.timeout)
 	const query = "SELECT slot_type, restart_lsn::text, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = $1"
 	r := pg.ExecParams(ctx, query, [][]byte{[]byte(name)}, nil, nil, nil).Read()
 	if r.Err != nil {
@@ -332,20 +379,21 @@ func (c *Conn) CreateSlot(ctx context.Context, name string, reserve bool) error 
 	if reserve {
 		action = "RESERVE_WAL"
 	}
-	_, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, quoteIdentifier(name), "", pglogrepl.CreateReplicationSlotOptions{
+	_, err := pglogrepl.CreateReplicationSlot(ctx, c.pg, QuoteIdentifier(name), "", pglogrepl.CreateReplicationSlotOptions{
 		Mode: pglogrepl.PhysicalReplication, SnapshotAction: action,
 	})
-	return wrap("CREATE_REPLICATION_SLOT "+quoteIdentifier(name)+" PHYSICAL", err)
+	return wrap("CREATE_REPLICATION_SLOT "+QuoteIdentifier(name)+" PHYSICAL", err)
 }
 
 // DropSlot drops a slot that nobody uses.
 func (c *Conn) DropSlot(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	return wrap("DROP_REPLICATION_SLOT "+quoteIdentifier(name),
-		pglogrepl.DropReplicationSlot(ctx, c.pg, quoteIdentifier(name), pglogrepl.DropReplicationSlotOptions{}))
+	return wrap("DROP_REPLICATION_SLOT "+QuoteIdentifier(name),
+		pglogrepl.DropReplicationSlot(ctx, c.pg, QuoteIdentifier(name), pglogrepl.DropReplicationSlotOptions{}))
 }
 
-func quoteIdentifier(name string) string {
+// QuoteIdentifier makes a name fit for a statement.
+func QuoteIdentifier(name string) string {
 	return `"` + strings.ReplaceAll(name, `"`, `""`) + `"`
 }

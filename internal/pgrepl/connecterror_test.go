@@ -7,6 +7,8 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/walfleet/walfleet/internal/pgtest"
 )
@@ -57,6 +59,26 @@ func TestConnectErrorOfSeveralAddresses(t *testing.T) {
 	if !errors.Is(e, lookup) {
 		t.Error("the causes are lost")
 	}
+}
+
+// Looking up a name takes no longer than connecting may.
+func TestLookupHasATimeout(t *testing.T) {
+	isolate(t)
+	synctest.Test(t, func(t *testing.T) {
+		c, err := ParseConninfo("host=db user=u sslmode=disable connect_timeout=3")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.hosts[0].config.LookupFunc = func(ctx context.Context, _ string) ([]string, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		begun := time.Now()
+		_, err = c.Connect(t.Context(), 0, Options{Timeout: patience})
+		if took := time.Since(begun); took != 3*time.Second || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v after %s", err, took)
+		}
+	})
 }
 
 func TestCommandsAreToldWithTheServersAnswers(t *testing.T) {

@@ -394,7 +394,7 @@ func (r *revocations) verify(state tls.ConnectionState) error {
 			}
 			for _, entry := range list.RevokedCertificateEntries {
 				if entry.SerialNumber.Cmp(cert.SerialNumber) == 0 {
-					return fmt.Errorf("the server's certificate chain contains serial number %s, which sslcrl %s revokes", cert.SerialNumber, r.file)
+					return &RevokedError{fmt.Sprintf("the server's certificate chain contains serial number %s, which sslcrl %s revokes", cert.SerialNumber, r.file)}
 				}
 			}
 		}

@@ -20,9 +20,28 @@ const (
 	CodeInsufficientRight = "42501" // the role may not do this
 	CodeInvalidPassword   = "28P01"
 	CodeInvalidAuth       = "28000" // no pg_hba.conf entry, no such role, …
+	CodeUndefinedDatabase = "3D000"
 	CodeTooManyConns      = "53300" // also: max_wal_senders reached
 	CodeNotPrerequisite   = "55000" // e.g. a slot needs wal_level >= replica
 )
+
+// ErrNoTLS says that a server has no TLS, and that the conninfo's sslmode wants it.
+var ErrNoTLS = errors.New("the server does not support TLS, which sslmode asks for")
+
+// refusedTLS is pgconn's text for a server that answers an SSLRequest with no; there is no
+// type for it.
+const refusedTLS = "server refused TLS connection"
+
+// PasswordFileError is a password_file that cannot be read.
+type PasswordFileError struct{ err error }
+
+func (e *PasswordFileError) Error() string { return "password_file: " + e.err.Error() }
+func (e *PasswordFileError) Unwrap() error { return e.err }
+
+// RevokedError is a server's certificate that sslcrl revokes.
+type RevokedError struct{ reason string }
+
+func (e *RevokedError) Error() string { return e.reason }
 
 // Receiving is what is being done when an error ends a stream.
 const Receiving = "receiving"
@@ -75,6 +94,9 @@ func (c *Conninfo) connectError(host string, dialled []string, password string, 
 				a.Err = &shown{clean(inner.Error()), cause}
 			}
 		}
+		if inner := innermost(cause); inner.Error() == refusedTLS {
+			a.Err = ErrNoTLS
+		}
 		if pe := (*pgconn.PgError)(nil); errors.As(cause, &pe) {
 			a.Err = &ServerError{"connecting to " + host, pe.Severity, pe.Code, pe.Message, pe.Detail, pe.Hint}
 			if pe.Code == CodeInvalidPassword && password == "" {
@@ -92,6 +114,14 @@ func (c *Conninfo) connectError(host string, dialled []string, password string, 
 		e.Attempts = append(e.Attempts, a)
 	}
 	return e
+}
+
+// innermost is the end of err's chain.
+func innermost(err error) error {
+	for next := err; next != nil; next = errors.Unwrap(err) {
+		err = next
+	}
+	return err
 }
 
 // ServerError is an error that the server reported. Its texts came over the

@@ -72,7 +72,7 @@ type NextTimeline struct {
 // Stream is nil.
 func (c *Conn) StartStream(ctx context.Context, slot string, tli wal.Timeline, start wal.LSN) (*Stream, NextTimeline, error) {
 	if slot != "" {
-		slot = "SLOT " + quoteIdentifier(slot) + " "
+		slot = "SLOT " + QuoteIdentifier(slot) + " "
 	}
 	sql := fmt.Sprintf("START_REPLICATION %sPHYSICAL %s TIMELINE %d", slot, start, tli)
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)

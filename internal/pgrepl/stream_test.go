@@ -37,7 +37,7 @@ func TestQuoteIdentifier(t *testing.T) {
 	for name, want := range map[string]string{
 		"walfleet": `"walfleet"`, "Big Slot": `"Big Slot"`, `a"b`: `"a""b"`, `"; DROP_REPLICATION_SLOT x; --`: `"""; DROP_REPLICATION_SLOT x; --"`, "": `""`,
 	} {
-		if got := quoteIdentifier(name); got != want {
+		if got := QuoteIdentifier(name); got != want {
 			t.Errorf("%s: %s, want %s", name, got, want)
 		}
 	}

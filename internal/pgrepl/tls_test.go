@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"math/big"
 	"net"
 	"os"
@@ -207,6 +208,12 @@ func TestTLS(t *testing.T) {
 			if tt.version == 0 {
 				if err == nil || !strings.Contains(err.Error(), tt.want) {
 					t.Errorf("error %v, want %q", err, tt.want)
+				}
+				if revoked := errors.As(err, new(*RevokedError)); revoked != strings.HasPrefix(name, "revoked") {
+					t.Errorf("%v is a RevokedError: %t", err, revoked)
+				}
+				if refused := errors.Is(err, ErrNoTLS); refused != (tt.server == nil) {
+					t.Errorf("%v is ErrNoTLS: %t", err, refused)
 				}
 				if len(g.startup) > 0 {
 					t.Error("the server was told who we are")

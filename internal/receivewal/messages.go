@@ -272,7 +272,7 @@ func describeAttempt(a pgrepl.Attempt) string {
 		reason = fmt.Sprintf("%s\n\tIs the server running %s?", errnoText(errno), hint)
 	case errors.As(a.Err, &wait) && wait.Timeout():
 		reason = "timeout expired"
-	case strings.HasSuffix(a.Err.Error(), "server refused TLS connection"): // pgconn has no type for it
+	case errors.Is(a.Err, pgrepl.ErrNoTLS):
 		reason = "server does not support SSL, but SSL was required"
 	default:
 		reason = a.Err.Error()

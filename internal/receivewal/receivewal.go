@@ -202,7 +202,7 @@ func (c *command) stream() error {
 	defer func() { stop() }()
 	reached := false // a server, so that later trouble is no reason to give up
 	for {
-		r := receiver.New(c.config(), slog.New(c.messages), receiver.NewCompressors(1))
+		r := receiver.New(c.config(), slog.New(c.messages), receiver.NewShared(1, 1))
 		err := c.keepArchiving(ctx, r, &reached)
 		again := c.mayAsk(err)
 		if !again { // scripts find what they expect, once this has ended
