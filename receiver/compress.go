@@ -123,12 +123,12 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 				r.waitForAll(c, segments)
 			}
 		}
-		err = errors.Join(err, r.compressAll(ctx, dir, segments, hopeless, c))
+		later, cerr := r.compressAll(ctx, dir, segments, hopeless, c)
+		err = errors.Join(err, cerr)
 		switch {
 		case ctx.Err() != nil:
 			return
-		case errors.Is(err, errCatchingUp): // whose end wakes it
-		case err == nil && list:
+		case err == nil && list && !later:
 			reported = ""
 		case err != nil:
 			if err.Error() != reported {
@@ -150,29 +150,25 @@ func (r *Receiver) compress(ctx context.Context, dir *archive.Dir, size wal.Segm
 	}
 }
 
-var (
-	// errNoRoom says that a segment is not compressed for want of room.
-	errNoRoom = errors.New("no room to compress")
-	// errCatchingUp says that segments are left for later.
-	errCatchingUp = errors.New("the receiver catches up")
-)
+// errNoRoom says that a segment is not compressed for want of room.
+var errNoRoom = errors.New("no room to compress")
 
 // compressAll compresses segments. Those that need a person become hopeless, and
-// are left out from then on. For c it leaves off with errCatchingUp once the receiver
-// does that; c is nil when nothing is received any more.
-func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool, c *compressing) error {
+// are left out from then on. For c it leaves the rest for later once the receiver
+// catches up, whose end wakes it; c is nil when nothing is received any more.
+func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments []wal.Segment, hopeless map[wal.Segment]bool, c *compressing) (later bool, err error) {
 	var errs []error
 	for _, s := range segments {
 		if hopeless[s] {
 			continue
 		}
 		if c != nil && r.state.Load().State == CatchingUp {
-			errs = append(errs, errCatchingUp)
+			later = true
 			break
 		}
 		err := r.compressSegment(ctx, dir, s)
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return false, ctx.Err()
 		}
 		if err == nil && c != nil {
 			r.waitsNot(c, s)
@@ -185,7 +181,7 @@ func (r *Receiver) compressAll(ctx context.Context, dir *archive.Dir, segments [
 			break // the next one has no better luck
 		}
 	}
-	return errors.Join(errs...)
+	return later, errors.Join(errs...)
 }
 
 // compressSegment compresses one segment, when it is this receiver's turn.
@@ -231,5 +227,6 @@ func (r *Receiver) CompressSealed(ctx context.Context) error {
 		return nil
 	}
 	segments, err := r.dir.Plain(r.dir.SegmentSize())
-	return errors.Join(err, r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}, nil))
+	_, cerr := r.compressAll(ctx, r.dir, segments, map[wal.Segment]bool{}, nil)
+	return errors.Join(err, cerr)
 }
