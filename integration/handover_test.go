@@ -252,33 +252,44 @@ func (s *server) fetch(t testing.TB, dir string) string {
 	return local
 }
 
-// push copies the files of a directory into a new one in the container.
+// push copies the files of a directory into a new one in the container, without holding them all in memory.
 func (s *server) push(t testing.TB, local, dir string) {
 	t.Helper()
-	var packed bytes.Buffer
-	files := tar.NewWriter(&packed)
-	entries, err := os.ReadDir(local)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, entry := range entries {
-		data := readFile(t, filepath.Join(local, entry.Name()))
-		header := &tar.Header{Name: entry.Name(), Mode: 0o644, Size: int64(len(data))}
-		if err := errors.Join(files.WriteHeader(header), ignoreCount(files.Write(data))); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := files.Close(); err != nil {
-		t.Fatal(err)
-	}
 	s.shell(t, `mkdir -p "$1"`, dir)
+	r, w := io.Pipe()
+	packed := make(chan error, 1)
+	go func() {
+		err := pack(w, local)
+		w.CloseWithError(err)
+		packed <- err
+	}()
 	s.engine(t, func(ctx context.Context, c *testcontainers.DockerClient, id string) error {
-		_, err := c.CopyToContainer(ctx, id, client.CopyToContainerOptions{DestinationPath: dir, Content: &packed})
-		return err
+		_, err := c.CopyToContainer(ctx, id, client.CopyToContainerOptions{DestinationPath: dir, Content: r})
+		return errors.Join(err, r.Close(), <-packed)
 	})
 }
 
-func ignoreCount(_ int, err error) error { return err }
+// pack writes the files of a directory as a tar archive.
+func pack(w io.Writer, dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	files := tar.NewWriter(w)
+	for _, entry := range entries {
+		data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
+		if err != nil {
+			return err
+		}
+		if err := files.WriteHeader(&tar.Header{Name: entry.Name(), Mode: 0o644, Size: int64(len(data))}); err != nil {
+			return err
+		}
+		if _, err := files.Write(data); err != nil {
+			return err
+		}
+	}
+	return files.Close()
+}
 
 // decompress replaces compressed segments by plain ones, and lists the segments in a directory. Compressed partial
 // files, which the original leaves, count as partial.
