@@ -138,7 +138,7 @@ func (a *addresses) list() []string {
 // Host is the server's "host:port".
 func (c *Conn) Host() string { return c.host }
 
-// Close says goodbye and closes the connection, within the timeout and a second.
+// Close says goodbye and closes the connection, within a second, or the timeout where that is shorter.
 func (c *Conn) Close() { hangUp(c.pg, c.timeout) }
 
 // dialUp is pgconn.ConnectConfig, but that the connection sends no cancel request
@@ -159,8 +159,8 @@ func dialUp(ctx context.Context, config *pgconn.Config) (*pgconn.PgConn, error) 
 	return pg, err
 }
 
-// hangUp says goodbye and closes a connection. A server that does not hang up too,
-// within timeout and a second, is not waited for.
+// hangUp says goodbye and closes a connection. A server that does not hang up too
+// within a second, or timeout where that is shorter, is not waited for.
 func hangUp(pg *pgconn.PgConn, timeout time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), min(timeout, time.Second))
 	defer cancel()

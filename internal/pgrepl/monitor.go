@@ -44,7 +44,7 @@ func (c *Conninfo) ConnectSQL(ctx context.Context, i int, o Options) (*SQLConn, 
 	return &SQLConn{pg: pg, timeout: o.Timeout}, nil
 }
 
-// Close says goodbye and closes the connection, within the timeout and a second.
+// Close says goodbye and closes the connection, within a second, or the timeout where that is shorter.
 func (c *SQLConn) Close() { hangUp(c.pg, c.timeout) }
 
 // row runs a query that returns one row of n columns, within the timeout.
