@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -63,7 +64,7 @@ func daemonized(h *handOver) *process {
 func TestHandOver(t *testing.T) {
 	t.Parallel()
 	s := receivewalServer(t, serverOptions{})
-	startPacedLoad(t, s)
+	load := startLoadOnDemand(t, s)
 	their, our := receivewal(original), receivewal(ours)
 	for _, tt := range []struct {
 		name string
@@ -76,13 +77,13 @@ func TestHandOver(t *testing.T) {
 		for _, compress := range []string{"none", "gzip", "lz4"} {
 			t.Run(tt.name+", "+compress, func(t *testing.T) {
 				t.Parallel()
-				s.handOver(t, compress, tt.legs)
+				s.handOver(t, load, compress, tt.legs)
 			})
 		}
 	}
 	t.Run("ours and the daemon, zstd", func(t *testing.T) {
 		t.Parallel()
-		s.handOver(t, "zstd", []leg{{our, "TERM", ""}, {daemonized, "KILL", ""}, {our, "KILL", ""}, {daemonized, "TERM", ""}})
+		s.handOver(t, load, "zstd", []leg{{our, "TERM", ""}, {daemonized, "KILL", ""}, {our, "KILL", ""}, {daemonized, "TERM", ""}})
 	})
 	for _, tt := range []struct{ name, compress, damage string }{
 		{"with garbage at its end", "gzip", `printf garbage >>"$1"`},
@@ -96,14 +97,29 @@ func TestHandOver(t *testing.T) {
 	} {
 		t.Run("after a partial file "+tt.name+", "+tt.compress, func(t *testing.T) {
 			t.Parallel()
-			s.handOver(t, tt.compress, []leg{{their, "TERM", tt.damage}, {our, "TERM", ""}})
+			s.handOver(t, load, tt.compress, []leg{{their, "TERM", tt.damage}, {our, "TERM", ""}})
 		})
 	}
 }
 
-// startPacedLoad writes about a megabyte a second until the end of the test: what is written is archived by all
-// that are handed over meanwhile.
-func startPacedLoad(t testing.TB, s *server) {
+// loadOnDemand writes about a megabyte a second while somebody waits for WAL, so that a slow machine has no more to
+// archive than a fast one.
+type loadOnDemand struct {
+	wanted atomic.Uint64
+}
+
+// want has WAL written up to lsn, and a segment more: a program is ended while there is still some to receive.
+func (l *loadOnDemand) want(lsn wal.LSN) {
+	for {
+		wanted := l.wanted.Load()
+		if wanted >= uint64(lsn) || l.wanted.CompareAndSwap(wanted, uint64(lsn)) {
+			return
+		}
+	}
+}
+
+// startLoadOnDemand starts a load that lives until the end of the test.
+func startLoadOnDemand(t testing.TB, s *server) *loadOnDemand {
 	t.Helper()
 	s.query(t, "CREATE TABLE paced (i bigint, t text)")
 	ctx, cancel := context.WithCancel(context.Background())
@@ -112,6 +128,7 @@ func startPacedLoad(t testing.TB, s *server) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	l := new(loadOnDemand)
 	go func() {
 		defer close(ended)
 		defer conn.Close(context.WithoutCancel(ctx))
@@ -127,7 +144,9 @@ func startPacedLoad(t testing.TB, s *server) {
 			if n%5 == 0 { // spans several pages
 				sql = "SELECT pg_logical_emit_message(true, 'walfleet', repeat('large ', 10000))"
 			}
-			if _, err := conn.Exec(ctx, sql).ReadAll(); err != nil && ctx.Err() == nil {
+			stop := wal.LSN(l.wanted.Load()) + wal.LSN(s.size)
+			_, err := conn.Exec(ctx, fmt.Sprintf("%s WHERE pg_current_wal_insert_lsn() < '%s'", sql, stop)).ReadAll()
+			if err != nil && ctx.Err() == nil {
 				t.Errorf("the load: %v", err)
 				return
 			}
@@ -137,9 +156,10 @@ func startPacedLoad(t testing.TB, s *server) {
 		cancel()
 		<-ended
 	})
+	return l
 }
 
-func (s *server) handOver(t *testing.T, compress string, legs []leg) {
+func (s *server) handOver(t *testing.T, load *loadOnDemand, compress string, legs []leg) {
 	slot := fmt.Sprintf("hand_over_%d", processes.Add(1))
 	s.query(t, "SELECT pg_create_physical_replication_slot('"+slot+"', true)")
 	start := s.lsn(t, "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '"+slot+"'")
@@ -151,6 +171,7 @@ func (s *server) handOver(t *testing.T, compress string, legs []leg) {
 		if i+1 == len(legs) {
 			target = s.end(t) + 2*wal.LSN(s.size)
 		}
+		load.want(target)
 		p := leg.run(h)
 		oursLast = p.tool == ours
 		p.slot = slot
