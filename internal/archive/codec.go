@@ -132,6 +132,16 @@ func decompress(r io.Reader, suffix string) (io.ReadCloser, error) {
 	return nil, fmt.Errorf("internal error: no compression has the suffix %q", suffix)
 }
 
+// methodWith is the name of the method with that suffix; "" for "".
+func methodWith(suffix string) string {
+	for _, m := range methods {
+		if m.suffix == suffix {
+			return m.name
+		}
+	}
+	return ""
+}
+
 // gzip takes about 1 MB to write, and less to read.
 func gzipWriter(w io.Writer, level int) (io.WriteCloser, error) {
 	z, err := gzip.NewWriterLevel(w, level)

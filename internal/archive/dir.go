@@ -462,25 +462,27 @@ func (d *Dir) distrust(name string) {
 // pathOf is a file's path, for errors.
 func (d *Dir) pathOf(name string) string { return filepath.Join(d.path, name) }
 
-// catalogue is what a directory holds, by the names of its files.
-type catalogue struct {
+// listing is what a directory holds, by the names of its files.
+type listing struct {
 	sealed  map[wal.Segment]bool
 	partial map[wal.Segment]bool
 	files   map[string]wal.Segment // the names of both
 	plain   map[string]bool        // those that are not compressed
 }
 
-// scan reads the directory. Names that are not those of segments are no concern
-// of ours.
-func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
-	c := catalogue{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]wal.Segment{}, map[string]bool{}}
+// scan reads the directory.
+func (d *Dir) scan(size wal.SegmentSize) (listing, error) {
 	d.names.Lock()
-	names, err := d.disk.Names()
+	all, err := d.disk.Names()
 	d.names.Unlock()
-	if err != nil {
-		return c, err
-	}
-	for _, name := range names {
+	return segmentNames(all, size), err
+}
+
+// segmentNames picks the names of segments, which are all that is of concern to
+// us.
+func segmentNames(all []string, size wal.SegmentSize) listing {
+	n := listing{map[wal.Segment]bool{}, map[wal.Segment]bool{}, map[string]wal.Segment{}, map[string]bool{}}
+	for _, name := range all {
 		whole, partial := strings.CutSuffix(name, partialSuffix)
 		for _, suffix := range sealedSuffixes {
 			base, ok := strings.CutSuffix(whole, suffix)
@@ -488,18 +490,18 @@ func (d *Dir) scan(size wal.SegmentSize) (catalogue, error) {
 			if !ok || err != nil {
 				continue
 			}
-			c.files[name] = s
+			n.files[name] = s
 			if suffix == "" {
-				c.plain[name] = true
+				n.plain[name] = true
 			}
 			if partial {
-				c.partial[s] = true
+				n.partial[s] = true
 			} else {
-				c.sealed[s] = true
+				n.sealed[s] = true
 			}
 		}
 	}
-	return c, nil
+	return n
 }
 
 // restarts are where the archive went on, on each timeline, by the last decision

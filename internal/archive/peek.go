@@ -3,13 +3,8 @@ package archive
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"slices"
-	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -75,116 +70,37 @@ func Peek(ctx context.Context, path string) (Holdings, error) {
 	}
 	h.Free, h.Total = int64(st.Bavail)*int64(st.Bsize), int64(st.Blocks)*int64(st.Bsize)
 
-	d := &Dir{path: path, disk: osDisk(path)} // not locked: only for what reads
-	metaErr := d.readMeta()
-	if metaErr != nil && !errors.As(metaErr, new(*FileError)) {
-		return h, fmt.Errorf("archive directory: %w", metaErr)
+	c, err := ReadCatalogue(ctx, path)
+	h.Identity, h.Bound, h.Origin, h.Gaps, h.Divergences, h.Aside = c.Identity, c.Bound, c.Origin, c.Gaps, c.Divergences, len(c.Aside)
+	for _, tli := range c.Histories {
+		h.Timeline = max(h.Timeline, tli)
 	}
-	if d.meta != nil {
-		id, _ := strconv.ParseUint(d.meta.SystemID, 10, 64) // checked when it was read
-		h.Bound, h.Identity = true, Identity{id, d.SegmentSize()}
-		h.Origin.Timeline, h.Origin.LSN, _ = d.Origin()
-		h.Origin.Source, h.Origin.Time = d.meta.Origin.Source, d.meta.Origin.Time
-		h.Gaps, h.Divergences = d.Gaps(), d.Divergences()
-	} else if err := h.identify(ctx, d); err != nil {
-		return h, err
-	}
-	// A file that is renamed while names are read may be missed under both of its
-	// names, or be gone under the one that was seen.
-	for attempt := 1; ; attempt++ {
-		err := h.count(ctx, d)
-		if !errors.Is(err, fs.ErrNotExist) || attempt == peekAttempts {
-			return h, errors.Join(metaErr, err)
+	for i, f := range c.Files {
+		h.Timeline = max(h.Timeline, f.Timeline)
+		if f.Modified.After(h.Modified) {
+			h.Modified = f.Modified
 		}
-	}
-}
-
-// peekAttempts bounds how often names are read again because files went away
-// meanwhile.
-const peekAttempts = 5
-
-// identify reads whose segments these are off the first one that tells.
-func (h *Holdings) identify(ctx context.Context, d *Dir) error {
-	c, err := d.scan(smallestSegment) // whose names are all others' too
-	if err != nil {
-		return fmt.Errorf("archive directory: %w", err)
-	}
-	for name := range c.files {
-		if ctx.Err() != nil {
-			return ctx.Err()
+		if f.Partial {
+			h.Partial = append(h.Partial, PartialSegment{f.Segment, f.Bytes, f.Modified})
+			continue
 		}
-		id, ok, err := d.readIdentity(name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("archive directory: %w", err)
-		}
-		if ok {
-			h.Identity = id
-			return nil
-		}
-	}
-	return nil
-}
-
-// count fills in what the files say.
-func (h *Holdings) count(ctx context.Context, d *Dir) error {
-	h.Segments, h.Compressed, h.Bytes, h.Aside = 0, 0, 0, 0
-	h.First, h.Last, h.Partial, h.Timeline, h.Modified = wal.Segment{}, wal.Segment{}, nil, 0, time.Time{}
-
-	names, err := d.disk.Names()
-	if err != nil {
-		return fmt.Errorf("archive directory: %w", err)
-	}
-	for _, name := range names {
-		if tli, err := wal.ParseHistoryName(name); err == nil {
-			h.Timeline = max(h.Timeline, tli)
-		}
-		if ext := filepath.Ext(name); ext == abortedSuffix || ext == divergedSuffix {
-			h.Aside++
-		}
-	}
-	size := h.Identity.SegmentSize
-	if !size.Valid() {
-		return nil // no segment either, or none that tells
-	}
-	c, err := d.scan(size)
-	if err != nil {
-		return fmt.Errorf("archive directory: %w", err)
-	}
-	for name, s := range c.files {
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		info, err := os.Lstat(d.pathOf(name))
-		if err != nil {
-			return err
-		}
-		h.Timeline = max(h.Timeline, s.Timeline)
-		if t := info.ModTime(); t.After(h.Modified) {
-			h.Modified = t
-		}
-		if filepath.Ext(name) == partialSuffix {
-			h.Partial = append(h.Partial, PartialSegment{s, info.Size(), info.ModTime()})
-		} else {
-			h.Bytes += info.Size()
-		}
-	}
-	h.Segments = len(c.sealed)
-	for s := range c.sealed {
-		if !c.plain[s.Name()] {
+		h.Bytes += f.Bytes
+		if f.Method != "" {
 			h.Compressed++
 		}
-		if h.First.Size == 0 || olderSegment(s, h.First) < 0 {
-			h.First = s
+		if i > 0 && !c.Files[i-1].Partial && c.Files[i-1].Segment == f.Segment {
+			if c.Files[i-1].Method == "" && f.Method != "" { // has a plain file still
+				h.Compressed--
+			}
+			continue
 		}
-		if cmp.Or(cmp.Compare(s.Timeline, h.Last.Timeline), cmp.Compare(s.Start, h.Last.Start)) > 0 {
-			h.Last = s
+		h.Segments++
+		if h.First.Size == 0 {
+			h.First = f.Segment
+		}
+		if cmp.Or(cmp.Compare(f.Timeline, h.Last.Timeline), cmp.Compare(f.Start, h.Last.Start)) > 0 {
+			h.Last = f.Segment
 		}
 	}
-	slices.SortFunc(h.Partial, func(a, b PartialSegment) int { return olderSegment(a.Segment, b.Segment) })
-	return nil
-}
-
-// olderSegment orders segments by their WAL.
-func olderSegment(a, b wal.Segment) int {
-	return cmp.Or(cmp.Compare(a.Start, b.Start), cmp.Compare(a.Timeline, b.Timeline))
+	return h, err
 }
