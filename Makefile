@@ -7,7 +7,7 @@ integration_env = CGO_ENABLED=1 \
 	$(if $(wildcard /.dockerenv),TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1)
 
 # Those that make more of their faults when WALFLEET_TORTURE is set.
-torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced|TestKilledWhileCompressing
+torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAcknowledgesWhatWasSynced|TestKilledWhileCompressing|TestNoCommitIsLost
 
 # 10,000 crash points, each of one goroutine: the race detector would find nothing in them, and take five times as long.
 crash_points = go test -count=1 -timeout 30m -run '^TestNothingIs' ./internal/archive

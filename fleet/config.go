@@ -196,6 +196,14 @@ var defaultSettings = []setting[receiver.Config]{
 	{"password_file", text(func(c *receiver.Config) *string { return &c.PasswordFile }, checkPasswordFile)},
 }
 
+// retentionSettings are the keys of [retention]; the table of that name of each
+// [[cluster]] has them too.
+var retentionSettings = []setting[receiver.Config]{
+	{"keep_age", age(func(c *receiver.Config) *time.Duration { return &c.Retention.KeepAge })},
+	{"keep_size", size(func(c *receiver.Config) *int64 { return &c.Retention.KeepSize }, 1<<60)},
+	{"backups", text(func(c *receiver.Config) *string { return &c.Retention.Backups }, checkAbsolute)},
+}
+
 // clusterSettings are the keys of a [[cluster]].
 var clusterSettings = append([]setting[receiver.Config]{
 	{"name", text(func(c *receiver.Config) *string { return &c.Name }, checkName)},
@@ -209,12 +217,13 @@ type section struct {
 }
 
 var (
-	topSection      = section{"the top of the file", append(keys(topSettings), "log", "defaults", "cluster")}
-	logSection      = section{"[log]", keys(logSettings)}
-	defaultsSection = section{"[defaults]", keys(defaultSettings)}
-	clusterSection  = section{"[[cluster]]", keys(clusterSettings)}
+	topSection       = section{"the top of the file", append(keys(topSettings), "log", "defaults", retentionKey, "cluster")}
+	logSection       = section{"[log]", keys(logSettings)}
+	defaultsSection  = section{"[defaults]", keys(defaultSettings)}
+	retentionSection = section{"[retention]", keys(retentionSettings)}
+	clusterSection   = section{"[[cluster]]", append(keys(clusterSettings), retentionKey)}
 
-	sections = []section{topSection, logSection, defaultsSection, clusterSection}
+	sections = []section{topSection, logSection, defaultsSection, retentionSection, clusterSection}
 )
 
 func keys[T any](settings []setting[T]) []string {
@@ -225,7 +234,10 @@ func keys[T any](settings []setting[T]) []string {
 	return names
 }
 
-const day = 24 * time.Hour
+const (
+	day          = 24 * time.Hour
+	retentionKey = "retention"
+)
 
 // text is a string without NUL bytes for which check returns nil.
 func text[T any](field func(*T) *string, check func(string) error) value[T] {
@@ -292,6 +304,63 @@ func duration[T any](field func(*T) *time.Duration, least, most time.Duration, o
 	}}
 }
 
+// age is a string such as "14d", up to a hundred years; "0" is none.
+func age[T any](field func(*T) *time.Duration) value[T] {
+	get := func(src *T) any { return showAge(*field(src)) }
+	return value[T]{show: get, set: func(dst *T, value any) error {
+		s, ok := value.(string)
+		if !ok {
+			return wrongType(`a number and a unit in quotes, such as "14d"`, value)
+		}
+		d, err := ParseAge(s)
+		if err == nil {
+			*field(dst) = d
+		}
+		return err
+	}}
+}
+
+// ParseAge reads a number of days ("14d"), hours or minutes ("36h", "1h30m"), up to a
+// hundred years; "0" is none.
+func ParseAge(s string) (time.Duration, error) {
+	bad := func(why string) (time.Duration, error) {
+		return 0, fmt.Errorf(`%s is %s; write a number and a unit (d, h, m), such as "14d"`, show(s), why)
+	}
+	if s == "0" {
+		return 0, nil
+	}
+	const most = 36525 * day
+	if digits, ok := strings.CutSuffix(s, "d"); ok {
+		n, err := strconv.ParseUint(digits, 10, 31)
+		if err != nil {
+			return bad("not an age")
+		}
+		if n == 0 || time.Duration(n) > most/day {
+			return bad("out of range")
+		}
+		return time.Duration(n) * day, nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil {
+		return bad("not an age")
+	}
+	if d < time.Minute || d > most {
+		return bad("out of range")
+	}
+	return d, nil
+}
+
+// showAge is an age as ParseAge reads it, in days where it has whole ones.
+func showAge(d time.Duration) string {
+	switch {
+	case d == 0:
+		return "0"
+	case d%day == 0:
+		return fmt.Sprintf("%dd", d/day)
+	}
+	return shortDuration(d)
+}
+
 // compression is a method for sealed segments, with a level or not.
 func compression(c *receiver.Config, value any) error {
 	s, ok := value.(string)
@@ -315,20 +384,29 @@ func size[T any](field func(*T) *int64, most int64) value[T] {
 		if !ok {
 			return wrongType(`a number and a unit in quotes, such as "100MB"`, value)
 		}
-		digits := strings.TrimRight(s, "kMGTB")
-		unit, ok := map[string]int64{"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}[s[len(digits):]]
-		n, err := strconv.ParseInt(digits, 10, 64)
-		switch {
-		case s == "0":
-			unit = 1
-		case !ok || err != nil || n < 0:
-			return fmt.Errorf(`%s is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`, show(s))
-		case n > most/unit:
-			return fmt.Errorf("%s is out of range", show(s))
+		n, err := ParseSize(s, most)
+		if err == nil {
+			*field(dst) = n
 		}
-		*field(dst) = n * unit
-		return nil
+		return err
 	}}
+}
+
+// ParseSize reads a number of bytes in PostgreSQL's units (of 1024), such as "100MB", up
+// to most inclusive; "0" is none.
+func ParseSize(s string, most int64) (int64, error) {
+	digits := strings.TrimRight(s, "kMGTB")
+	unit, ok := map[string]int64{"kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}[s[len(digits):]]
+	n, err := strconv.ParseInt(digits, 10, 64)
+	switch {
+	case s == "0":
+		unit = 1
+	case !ok || err != nil || n < 0:
+		return 0, fmt.Errorf(`%s is not a size; write a number and a unit (kB, MB, GB, TB), such as "100MB"`, show(s))
+	case n > most/unit:
+		return 0, fmt.Errorf("%s is out of range", show(s))
+	}
+	return n * unit, nil
 }
 
 // showSize is a size in the largest unit that it is a multiple of.
@@ -471,7 +549,7 @@ func (p *parser) err() error {
 func (p *parser) config(root map[string]any) *Config {
 	cfg := defaultConfig()
 	top := maps.Clone(root)
-	for _, key := range []string{"log", "defaults", "cluster"} {
+	for _, key := range []string{"log", "defaults", retentionKey, "cluster"} {
 		delete(top, key)
 	}
 	apply(p, place{}, "", top, topSection, topSettings, &cfg)
@@ -483,6 +561,9 @@ func (p *parser) config(root map[string]any) *Config {
 	defaults := defaultCluster()
 	if t, ok := p.table(root, "defaults"); ok {
 		apply(p, place{table: "defaults"}, "[defaults]", t, defaultsSection, defaultSettings, &defaults)
+	}
+	if t, ok := p.table(root, retentionKey); ok {
+		apply(p, place{table: retentionKey}, "[retention]", t, retentionSection, retentionSettings, &defaults)
 	}
 	p.clusters(root, defaults, &cfg)
 	return &cfg
@@ -559,6 +640,16 @@ func (p *parser) clusters(root map[string]any, defaults receiver.Config, cfg *Co
 			who = fmt.Sprintf("cluster %q", name)
 		}
 		c := defaults
+		if value, given := t[retentionKey]; given {
+			t = maps.Clone(t)
+			delete(t, retentionKey)
+			at := place{table: "cluster." + retentionKey, nth: i}
+			if own, ok := value.(map[string]any); ok {
+				apply(p, at, who+", retention", own, retentionSection, retentionSettings, &c)
+			} else {
+				p.report(p.lines.find(at), who, "retention must be a table, such as { keep_age = \"30d\" }, not %s", kind(value))
+			}
+		}
 		apply(p, at, who, t, clusterSection, clusterSettings, &c)
 		for _, key := range []string{"name", "conninfo"} {
 			if _, ok := t[key]; !ok {

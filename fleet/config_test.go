@@ -212,7 +212,7 @@ func TestParseErrors(t *testing.T) {
 		{"password", cluster(`password = "x"`), `
 :6: cluster "a": unknown key password; did you mean password_file?`},
 		{"nothing like it", cluster(`"k\u0000 k" = 1`), `
-:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file`},
+:6: cluster "a": unknown key "k\x00 k"; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file, retention`},
 		{"cluster key at the top", `slot = "x"` + fine, `
 :1: slot belongs to [defaults] or [[cluster]], not to the top of the file`},
 		{"top key below a header", cluster(`shutdown_timeout = "1s"`), `
@@ -224,7 +224,7 @@ func TestParseErrors(t *testing.T) {
 		{"unknown section array", cluster("[[clusters]]\n"), `
 :6: unknown key clusters; did you mean cluster?`},
 		{"unknown table in a cluster", cluster("[cluster.tls]\nverify = true"), `
-:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file`},
+:6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file, retention`},
 		{"unknown key in log", cluster("[log]\nfile = 'x'"), `
 :7: [log]: unknown key file; known in [log]: level, format`},
 
@@ -554,6 +554,7 @@ func TestExampleIsComplete(t *testing.T) {
 	has(tree, topSection)
 	has(tree["log"], logSection)
 	has(tree["defaults"], defaultsSection)
+	has(tree["retention"], retentionSection)
 	first := tree["cluster"].([]map[string]any)[0]
 	for _, s := range clusterSettings {
 		_, own := first[s.key]
@@ -584,12 +585,58 @@ func TestExampleIsComplete(t *testing.T) {
 	}
 }
 
+// A cluster's retention counts more than [retention], key by key, and a change of it needs no restart.
+func TestRetention(t *testing.T) {
+	withoutLibpqEnv(t)
+	file := func(common, own string) string {
+		return "archive_dir = '/a'\n[retention]\n" + common + "\n[[cluster]]\nname = 'a'\nconninfo = 'host=a'\n" + own + "\n[[cluster]]\nname = 'b'\nconninfo = 'host=b'\n"
+	}
+	common := "keep_age = '14d'\nbackups = '/b/{cluster}'"
+	plain := parse(t, file(common, ""))
+	cfg := parse(t, file(common, "retention = { keep_age = '36h', keep_size = '2TB' }"))
+	sub := parse(t, file(common, "[cluster.retention]\nkeep_age = '36h'\nkeep_size = '2TB'"))
+	if !reflect.DeepEqual(cfg, sub) {
+		t.Errorf("as a table of its own it is %+v, not %+v", sub, cfg)
+	}
+	for i, want := range []receiver.Retention{{KeepAge: 36 * time.Hour, KeepSize: 2 << 40, Backups: "/b/{cluster}"}, {KeepAge: 14 * 24 * time.Hour, Backups: "/b/{cluster}"}} {
+		if got := cfg.Clusters[i].Retention; got != want {
+			t.Errorf("%s: %+v, want %+v", cfg.Clusters[i].Name, got, want)
+		}
+	}
+	plan := Diff(plain.Clusters, cfg.Clusters)
+	if got := fmt.Sprint(plan.Adjust, plan.Keep, plan.Changed); got != "[a] [b] map[a:[keep_age keep_size]]" {
+		t.Errorf("the difference is %s", got)
+	}
+	for _, c := range []struct{ common, own, says string }{
+		{"keep_age = '14 days'", "", `:3: [retention]: keep_age: "14 days" is not an age; write a number and a unit (d, h, m), such as "14d"`},
+		{"keep_age = '0d'", "", "out of range"},
+		{"keep_age = '36526d'", "", "out of range"},
+		{"keep_age = '1s'", "", "out of range"},
+		{"keep_age = 14", "", `must be a number and a unit in quotes, such as "14d", not an integer`},
+		{"backups = 'b'", "", "is not an absolute path"},
+		{"keepage = '1d'", "", ":3: [retention]: unknown key keepage; did you mean keep_age?"},
+		{"", "retention = '14d'", `:7: cluster "a": retention must be a table, such as { keep_age = "30d" }, not a string`},
+		{"", "slot = 'x'\n[cluster.retention]\n\nkeep_age = 'x'", `:10: cluster "a", retention: keep_age: "x" is not an age`},
+		{"", "keep_age = '1d'", "keep_age belongs to [retention], not to [[cluster]]"},
+		{"slot = 'x'", "", "slot belongs to [defaults] or [[cluster]], not to [retention]"},
+	} {
+		if _, err := Parse("f", []byte(file(c.common, c.own))); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%q, %q: %v, want %q", c.common, c.own, err, c.says)
+		}
+	}
+	for _, s := range []string{"0", "1d", "14d", "36h", "1h30m", "36525d"} {
+		if d, err := ParseAge(s); err != nil || showAge(d) != s {
+			t.Errorf("%s is %s, %v", s, showAge(d), err)
+		}
+	}
+}
+
 // Every field of the configuration is set by exactly one key, and each key sets
 // exactly one field: there are no dead options and no forgotten ones.
 func TestEveryFieldHasItsKey(t *testing.T) {
 	checkFields(t, topSettings, "Log", "Clusters")
 	checkFields(t, logSettings)
-	checkFields(t, clusterSettings, "Dir", "SlotAsIs", "NoSync", "EndPos") // those of receivewal have none
+	checkFields(t, slices.Concat(clusterSettings, retentionSettings), "Dir", "SlotAsIs", "NoSync", "EndPos") // those of receivewal have none
 }
 
 // visibleFields are a struct's fields, with those of an embedded one and not itself.

@@ -66,7 +66,7 @@ func Diff(old, new []receiver.Config) Plan {
 // sorted.
 func changedKeys(old, new receiver.Config) []string {
 	var keys []string
-	for _, s := range clusterSettings {
+	for _, s := range slices.Concat(clusterSettings, retentionSettings) {
 		if s.show(&old) != s.show(&new) {
 			keys = append(keys, s.key)
 		}

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/walfleet/walfleet/internal/wal"
 	"github.com/walfleet/walfleet/receiver"
 )
 
@@ -316,6 +317,18 @@ func (f *Fleet) Decide(ctx context.Context, cluster string, what receiver.Decisi
 		return "", fmt.Errorf("there is no cluster %q", cluster)
 	}
 	return m.receiver.Decide(ctx, what)
+}
+
+// Prune removes WAL before limit from a cluster's archive; see [receiver.Receiver.Prune].
+// Any goroutine may call it.
+func (f *Fleet) Prune(ctx context.Context, cluster string, limit wal.LSN) (removed []string, err error) {
+	f.mu.Lock()
+	m := f.members[cluster]
+	f.mu.Unlock()
+	if m == nil {
+		return nil, fmt.Errorf("there is no cluster %q", cluster)
+	}
+	return m.receiver.Prune(ctx, limit)
 }
 
 // Status lists all clusters, in the configuration's order.

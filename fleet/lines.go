@@ -6,8 +6,9 @@ import (
 	"strings"
 )
 
-// place is where a key stands: in the nth (from 0) table of that name. An
-// empty table is the top of the file, an empty key the table's header.
+// place is where a key stands: in the nth (from 0) table of that name, of which
+// one within another has both names, with a dot. An empty table is the top of the
+// file, an empty key the table's header.
 type place struct {
 	table string
 	nth   int
@@ -64,6 +65,12 @@ func findLines(text string) lineIndex {
 			if len(path) > 1 {
 				p.key = path[1]
 				note(p, line)
+				inner := place{table: path[0] + "." + path[1], nth: p.nth}
+				note(inner, line)
+				if len(path) > 2 {
+					inner.key = path[2]
+					note(inner, line)
+				}
 			}
 		}
 		if isHeader || !s.accept("=") {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"math"
+	"slices"
 	"strconv"
 	"time"
 
@@ -216,7 +217,7 @@ func configured(c receiver.Config) ClusterReport {
 	if info, err := pgrepl.ParseConninfo(c.Conninfo); err == nil {
 		r.Hosts, r.User = info.Hosts(), info.User()
 	}
-	for _, s := range defaultSettings {
+	for _, s := range slices.Concat(defaultSettings, retentionSettings) {
 		r.Settings[s.key] = s.show(&c)
 	}
 	return r

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/walfleet/walfleet/internal/verify"
 	"github.com/walfleet/walfleet/internal/wal"
 	"github.com/walfleet/walfleet/receiver"
 )
@@ -73,6 +74,7 @@ func compareArchive(t testing.TB, dir string, st receiver.Status, from origins) 
 			}
 		}
 	}
+	verifyArchive(t, dir, verify.Options{}) // which knows nothing of the servers
 	return segments
 }
 

@@ -277,6 +277,12 @@ func (s *server) fetch(t testing.TB, dir string) string {
 func (s *server) push(t testing.TB, local, dir string) {
 	t.Helper()
 	s.shell(t, `mkdir -p "$1"`, dir)
+	s.pushInto(t, local, dir)
+}
+
+// pushInto is push into a directory that is there, also while the container is stopped.
+func (s *server) pushInto(t testing.TB, local, dir string) {
+	t.Helper()
 	r, w := io.Pipe()
 	packed := make(chan error, 1)
 	go func() {

@@ -49,6 +49,9 @@ type serverOptions struct {
 	network  *testcontainers.DockerNetwork
 	alias    string // name in that network
 
+	// before is shell that runs in the container at each start, before the server, with its $PGDATA.
+	before string
+
 	// standbyOf makes the server a standby, with its data from the primary of this alias.
 	standbyOf string
 }
@@ -92,6 +95,9 @@ func startServer(t testing.TB, o serverOptions) *server {
 	}
 	if o.network != nil {
 		custom = append(custom, tcnetwork.WithNetwork([]string{o.alias}, o.network))
+	}
+	if o.before != "" {
+		custom = append(custom, testcontainers.WithEntrypoint("sh", "-ec", o.before+"\nexec docker-entrypoint.sh \"$@\"", "sh"))
 	}
 	if o.standbyOf != "" {
 		custom = append(custom, testcontainers.WithEntrypoint("sh", "-ec", cloneScript, "sh", o.standbyOf))

@@ -30,8 +30,8 @@ var arrows = map[string][]string{
 	"fleet":    {"receiver"},
 	"receiver": {"internal/pgrepl", "internal/archive"},
 
-	"internal/restore": {"internal/archive"},
-	"internal/verify":  {"internal/archive"},
+	"internal/restore": {"internal/archive", "internal/postgres"},
+	"internal/verify":  {"internal/archive", "internal/pgrepl"},
 
 	"internal/pgrepl":  {"internal/wal"},
 	"internal/archive": {"internal/wal"},
@@ -199,7 +199,8 @@ func TestArrowsBreak(t *testing.T) {
 		{"internal/demo", false, "./fleet", true},
 		{"fleet", false, "./internal/demo", false},
 		{"internal/verify", false, "./internal/archive", true},
-		{"internal/verify", false, "./internal/pgrepl", false},
+		{"internal/verify", false, "./internal/pgrepl", true},
+		{"internal/restore", false, "./internal/pgrepl", false},
 		{"receiver", false, "./internal/verify", false},
 		{"internal/wal", false, "./internal/pgtest", false},
 		{"internal/wal", true, "./internal/pgtest", true},

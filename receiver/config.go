@@ -57,4 +57,6 @@ type Adjustable struct {
 
 	MonitorInterval time.Duration // time between two looks at Slot, with Monitor; a change counts after the next one
 	MaxSlotRetained int64         // bytes of WAL that Slot may retain on a host before there is a warning; 0: any
+
+	Retention // of the archive
 }

@@ -113,6 +113,7 @@ func (r *Receiver) decide(what Decision, err error) bool {
 
 // acceptDivergence opens the directory, which a halted receiver has let go of.
 func (r *Receiver) acceptDivergence(e *archive.DivergenceError) (v archive.Divergence, err error) {
+	defer r.custody.take()()
 	d, err := archive.Open(r.cfg.Dir)
 	if err != nil {
 		return v, err

@@ -47,6 +47,9 @@ type Receiver struct {
 
 	adjusted   atomic.Pointer[Adjustable] // never nil
 	waking     sync.Mutex
+	custody    custody
+	retain     chan struct{} // has one when the retention was changed
+	unkept     atomic.Pointer[Warning]
 	receiving  *pgrepl.Stream // guarded by waking: what an Adjust wakes; nil: nothing
 	again      chan struct{}  // has one when a halted cluster is to be looked at
 	state      atomic.Pointer[Status]
@@ -66,8 +69,9 @@ type Receiver struct {
 	outage      outage
 	pace        pacer // over all sessions
 	scarce      spaceLog
-	mark        wal.LSN // what the archive had when the session began; beyond it WAL is archived
-	dir         *archive.Dir
+	mark        wal.LSN         // what the archive had when the session began; beyond it WAL is archived
+	closed      bool            // changed in custody too: there is no more to come
+	dir         *archive.Dir    // changed, and closed, in custody of Run's goroutine alone
 	compressing *compressing    // nil: nothing to compress, or no archive is open
 	writer      *archive.Writer // kept from one connection to the next; nil after an error of its own
 	// hold keeps flush positions below it from being sent, which could move the
@@ -87,6 +91,7 @@ type Receiver struct {
 // New makes a receiver that does nothing yet. All receivers of a process have one shared.
 func New(cfg Config, log *slog.Logger, shared *Shared) *Receiver {
 	r := &Receiver{cfg: cfg, shared: shared, log: log.With("cluster", cfg.Name), again: make(chan struct{}, 1),
+		custody: custody{held: make(chan struct{}, 1)}, retain: make(chan struct{}, 1),
 		decisions: make(chan decision), done: make(chan struct{}), stray: map[string]wal.Timeline{}}
 	r.adjusted.Store(&cfg.Adjustable)
 	r.cfg.Adjustable = Adjustable{} // nobody goes by what may have changed
@@ -102,7 +107,14 @@ func (r *Receiver) settings() *Adjustable { return r.adjusted.Load() }
 // its connection stays, and a cluster that is halted is looked at again. Any
 // goroutine may call it.
 func (r *Receiver) Adjust(a Adjustable) {
-	r.adjusted.Store(&a)
+	old := r.adjusted.Swap(&a)
+	if old.Retention != a.Retention {
+		select {
+		case r.retain <- struct{}{}:
+		default:
+		}
+		r.custody.interrupt() // what goes by the limits of before
+	}
 	r.waking.Lock()
 	if r.receiving != nil {
 		r.receiving.Wake()
@@ -137,6 +149,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 	defer close(r.done)
 	defer func() { err = errors.Join(err, r.close()) }()
 	defer r.startMonitor(ctx)()
+	defer r.startRetention(ctx)()
 	retry := backoff.NewExponentialBackOff()
 	retry.RandomizationFactor = 1 // full jitter: from 0 to twice the interval
 	retry.MaxInterval = 15 * time.Second
@@ -345,6 +358,7 @@ func (r *Receiver) release() error {
 	if r.dir == nil {
 		return nil
 	}
+	defer r.custody.take()()
 	err := r.dir.Close()
 	r.dir, r.hold = nil, 0
 	return err
@@ -352,6 +366,9 @@ func (r *Receiver) release() error {
 
 func (r *Receiver) close() error {
 	err := r.release()
+	release := r.custody.take()
+	r.closed = true // another receiver may have the directory from here on
+	release()
 	r.setState(Stopped, "")
 	r.log.Info(MsgStopped, "timeline", r.now.timeline, "flushed", r.now.flushed)
 	return err

@@ -31,7 +31,11 @@ func (r *Receiver) session(ctx context.Context) (since time.Time, err error) {
 		if r.cfg.NoSync {
 			open = archive.OpenUnsynced
 		}
-		if r.dir, err = open(r.cfg.Dir); err != nil {
+		func() {
+			defer r.custody.take()()
+			r.dir, err = open(r.cfg.Dir)
+		}()
+		if err != nil {
 			return since, err
 		}
 		r.startCompressing() // the server may be away for long

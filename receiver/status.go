@@ -1,6 +1,7 @@
 package receiver
 
 import (
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -107,6 +108,9 @@ func (r *Receiver) Status() Status {
 	}
 	if w := r.monitored.Load(); w != nil {
 		s.Slots, s.Warnings = w.slots, w.warnings
+	}
+	if w := r.unkept.Load(); w != nil {
+		s.Warnings = append(slices.Clip(s.Warnings), *w)
 	}
 	return s
 }

@@ -19,13 +19,17 @@ func main() {
 		os.Exit(receivewal.Main(os.Args[1:], version(), receivewal.Streams{In: os.Stdin, Out: os.Stdout, Err: os.Stderr}))
 	}
 	root := newRoot()
-	err := root.ExecuteContext(context.Background())
+	cmd, err := root.ExecuteContextC(context.Background())
 	if err == nil {
 		return
 	}
 	var status exitStatus
 	if errors.As(err, &status) {
 		os.Exit(int(status))
+	}
+	if failedRestore(cmd, os.Args[1:]) {
+		fmt.Fprintln(os.Stderr, "walfleet:", oneLine(err.Error()))
+		os.Exit(int(restoreFailed))
 	}
 	fmt.Fprintln(os.Stderr, "walfleet:", err)
 	var usage *usageError
@@ -67,6 +71,7 @@ First steps:
   walfleet run -c walfleet.toml       archive them
   walfleet status                     how the clusters are
   walfleet reload                     read the file again; unchanged clusters are not touched
+  walfleet verify                     check every byte of the archives
 
 A smallest file:
   archive_dir = "/var/lib/walfleet"
@@ -94,7 +99,9 @@ The role needs REPLICATION, and pg_hba.conf a line such as
 	}
 	root.PersistentFlags().StringVarP(&g.configFile, "config", "c", g.configFile, "configuration file (environment: WALFLEET_CONFIG)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
-	root.AddCommand(newRunCommand(g), newCheckCommand(g), newStatusCommand(g), newReloadCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g), newReceivewalCommand(), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newRunCommand(g), newCheckCommand(g), newStatusCommand(g), newReloadCommand(g), newAcceptGapCommand(g), newAcceptDivergenceCommand(g),
+		newListCommand(g), newVerifyCommand(g), newRestoreWALCommand(g), newDrillCommand(g), newPruneCommand(g),
+		newReceivewalCommand(), newDemoCommand(), newVersionCommand())
 	return root
 }
 

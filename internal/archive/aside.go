@@ -97,24 +97,26 @@ func segmentName(name string) bool {
 
 // Aborted lists the incomplete records that were kept aside, oldest first.
 func (d *Dir) Aborted() []Aborted {
-	if d.meta == nil {
+	m := d.meta.Load()
+	if m == nil {
 		return nil
 	}
-	all := make([]Aborted, len(d.meta.Aborted))
-	for i, m := range d.meta.Aborted {
-		all[i], _ = m.value() // checked when they were read
+	all := make([]Aborted, len(m.Aborted))
+	for i, a := range m.Aborted {
+		all[i], _ = a.value() // checked when they were read
 	}
 	return all
 }
 
 // Divergences lists the divergences that were accepted, oldest first.
 func (d *Dir) Divergences() []Divergence {
-	if d.meta == nil {
+	m := d.meta.Load()
+	if m == nil {
 		return nil
 	}
-	all := make([]Divergence, len(d.meta.Divergences))
-	for i, m := range d.meta.Divergences {
-		all[i], _ = m.value() // checked when they were read
+	all := make([]Divergence, len(m.Divergences))
+	for i, v := range m.Divergences {
+		all[i], _ = v.value() // checked when they were read
 	}
 	return all
 }
@@ -146,12 +148,12 @@ func (d *Dir) saveAborted(size wal.SegmentSize, tli wal.Timeline, from, to wal.L
 	if err := errors.Join(f.Close(), publish(d.disk, a.File, d.disk.Rename)); err != nil {
 		return a, err
 	}
-	if d.meta == nil {
+	if d.meta.Load() == nil {
 		return a, nil
 	}
-	m := *d.meta
-	m.Aborted = append(slices.Clone(m.Aborted), metaAborted{uint32(tli), from.String(), to.String(), a.File, a.Time})
-	return a, d.writeMeta(&m)
+	return a, d.change(func(m *meta) {
+		m.Aborted = append(slices.Clone(m.Aborted), metaAborted{uint32(tli), from.String(), to.String(), a.File, a.Time})
+	})
 }
 
 // AcceptDivergence decides for the server's WAL from lsn on, where it differs
@@ -160,10 +162,10 @@ func (d *Dir) saveAborted(size wal.SegmentSize, tli wal.Timeline, from, to wal.L
 // is in archive.json before the first file gets its new name; opening the
 // directory goes on with what a crash interrupted. No Writer may be open.
 func (d *Dir) AcceptDivergence(tli wal.Timeline, lsn wal.LSN, reason string) (Divergence, error) {
-	if d.meta == nil {
+	if d.meta.Load() == nil {
 		return Divergence{}, fmt.Errorf("archive directory %s is not bound to a cluster yet", d.path)
 	}
-	size := wal.SegmentSize(d.meta.SegmentSize)
+	size := d.SegmentSize()
 	v := Divergence{Timeline: tli, LSN: lsn, Restart: size.Start(lsn), Reason: reason, Time: time.Now().UTC()}
 	c, err := d.scan(size)
 	if err != nil {
@@ -179,18 +181,19 @@ func (d *Dir) AcceptDivergence(tli wal.Timeline, lsn wal.LSN, reason string) (Di
 		}
 		v.Kept = append(v.Kept, Kept{name, aside})
 	}
-	m := *d.meta
-	var gaps []metaGap
-	for i, g := range d.Gaps() {
-		if g.Timeline == tli && g.To > v.Restart {
-			gaps = append(gaps, d.meta.Gaps[i])
+	err = d.change(func(m *meta) {
+		var gaps []metaGap
+		for i, g := range d.Gaps() {
+			if g.Timeline == tli && g.To > v.Restart {
+				gaps = append(gaps, m.Gaps[i])
+			}
 		}
-	}
-	m.Gaps = slices.DeleteFunc(slices.Clone(m.Gaps), func(g metaGap) bool { return slices.Contains(gaps, g) })
-	m.Divergences = append(slices.Clone(m.Divergences), metaDivergence{
-		uint32(tli), lsn.String(), v.Restart.String(), v.Kept, gaps, true, v.Time, reason,
+		m.Gaps = slices.DeleteFunc(slices.Clone(m.Gaps), func(g metaGap) bool { return slices.Contains(gaps, g) })
+		m.Divergences = append(slices.Clone(m.Divergences), metaDivergence{
+			uint32(tli), lsn.String(), v.Restart.String(), v.Kept, gaps, true, v.Time, reason,
+		})
 	})
-	if err := d.writeMeta(&m); err != nil {
+	if err != nil {
 		return v, err
 	}
 	return v, d.putAside()
@@ -199,22 +202,21 @@ func (d *Dir) AcceptDivergence(tli wal.Timeline, lsn wal.LSN, reason string) (Di
 // putAside gives the files of a divergence that was just accepted their new
 // names, as far as a crash has not done that already.
 func (d *Dir) putAside() error {
-	if d.meta == nil {
+	m := d.meta.Load()
+	if m == nil {
 		return nil
 	}
-	m := *d.meta
-	m.Divergences = slices.Clone(m.Divergences)
 	pending := false
-	for i := range m.Divergences {
-		if !m.Divergences[i].Pending {
+	for _, v := range m.Divergences {
+		if !v.Pending {
 			continue
 		}
-		for _, k := range m.Divergences[i].Kept {
+		for _, k := range v.Kept {
 			if err := d.putFileAside(k); err != nil {
 				return err
 			}
 		}
-		m.Divergences[i].Pending, pending = false, true
+		pending = true
 	}
 	if !pending {
 		return nil
@@ -222,7 +224,12 @@ func (d *Dir) putAside() error {
 	if err := d.disk.Sync(); err != nil {
 		return err
 	}
-	return d.writeMeta(&m)
+	return d.change(func(m *meta) {
+		m.Divergences = slices.Clone(m.Divergences)
+		for i := range m.Divergences {
+			m.Divergences[i].Pending = false
+		}
+	})
 }
 
 func (d *Dir) putFileAside(k Kept) error {

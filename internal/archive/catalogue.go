@@ -26,6 +26,7 @@ type Catalogue struct {
 	Identity    Identity     // of archive.json, or of a segment's header where there is none; zero: not known
 	Bound       bool         // there is an archive.json
 	Origin      Origin       // where the archive began; only when Bound
+	Pruned      Pruned       // what was removed since; zero: nothing
 	Gaps        []Gap        // as they were recorded
 	Aborted     []Aborted    // as they were kept aside
 	Divergences []Divergence // as they were accepted
@@ -33,6 +34,7 @@ type Catalogue struct {
 	Files     []StoredFile   // of segments: by start, timeline, sealed before partial, plain before compressed
 	Histories []wal.Timeline // that have a history file, ascending
 	Aside     []string       // names of files that are kept aside, *.aborted and *.diverged, sorted
+	Unknown   []string       // names of what neither we nor pg_receivewal put there, sorted
 }
 
 // StoredFile is a file that holds a segment, or a part of one. A segment can have
@@ -54,6 +56,15 @@ type Range struct {
 	End      wal.LSN // exclusive, the end of a segment
 }
 
+// All lists the segments of a range.
+func (r Range) All(size wal.SegmentSize) []wal.Segment {
+	var all []wal.Segment
+	for s := size.Segment(r.Timeline, r.Start); s.Start < r.End; s = s.Next() {
+		all = append(all, s)
+	}
+	return all
+}
+
 // ReadCatalogue reads an archive's directory without locking or changing anything
 // in it, whether or not somebody archives into it at the time.
 //
@@ -63,20 +74,15 @@ type Range struct {
 // nothing can interrupt a disk that does not answer, so a caller that must not
 // wait for one calls ReadCatalogue in a goroutine of its own.
 func ReadCatalogue(ctx context.Context, path string) (Catalogue, error) {
-	c := Catalogue{Path: path}
-	d := &Dir{path: path, disk: osDisk(path)} // not locked: only for what reads
-	metaErr := d.readMeta()
+	c, metaErr := ReadMeta(path)
 	if metaErr != nil && !errors.As(metaErr, new(*FileError)) {
-		return c, fmt.Errorf("archive directory: %w", metaErr)
+		return c, metaErr
 	}
-	if d.meta != nil {
-		id, _ := strconv.ParseUint(d.meta.SystemID, 10, 64) // checked when it was read
-		c.Bound, c.Identity = true, Identity{id, d.SegmentSize()}
-		c.Origin.Timeline, c.Origin.LSN, _ = d.Origin()
-		c.Origin.Source, c.Origin.Time = d.meta.Origin.Source, d.meta.Origin.Time
-		c.Gaps, c.Divergences, c.Aborted = d.Gaps(), d.Divergences(), d.Aborted()
-	} else if err := c.identify(ctx, d); err != nil {
-		return c, err
+	d := &Dir{path: path, disk: osDisk(path)} // not locked: only for what reads
+	if !c.Bound {
+		if err := c.identify(ctx, d); err != nil {
+			return c, err
+		}
 	}
 	// A file that is renamed while names are read may be missed under both of its
 	// names, or be gone under the one that was seen.
@@ -96,6 +102,30 @@ func ReadCatalogue(ctx context.Context, path string) (Catalogue, error) {
 			return c, errors.Join(metaErr, err)
 		}
 	}
+}
+
+// ReadMeta is the part of a Catalogue that archive.json tells, without a look at
+// any other file: enough to [Catalogue.Open] a segment by its name, however many
+// there are. Bound is false when there is no archive.json, or no such directory.
+// The error is a *FileError when it makes no sense, or what the file system said.
+func ReadMeta(path string) (Catalogue, error) {
+	c := Catalogue{Path: path}
+	d := &Dir{path: path, disk: osDisk(path)}
+	if err := d.readMeta(); errors.As(err, new(*FileError)) {
+		return c, err
+	} else if err != nil {
+		return c, fmt.Errorf("archive directory: %w", err)
+	}
+	m := d.meta.Load()
+	if m == nil {
+		return c, nil
+	}
+	id, _ := strconv.ParseUint(m.SystemID, 10, 64) // checked when it was read
+	c.Bound, c.Identity = true, Identity{id, d.SegmentSize()}
+	c.Origin.Timeline, c.Origin.LSN, _ = d.Origin()
+	c.Origin.Source, c.Origin.Time = m.Origin.Source, m.Origin.Time
+	c.Gaps, c.Divergences, c.Aborted, c.Pruned = d.Gaps(), d.Divergences(), d.Aborted(), d.Pruned()
+	return c, nil
 }
 
 // readAttempts bounds how often names are read until two times they are the same.
@@ -125,20 +155,26 @@ func (c *Catalogue) identify(ctx context.Context, d *Dir) error {
 
 // list fills in the files.
 func (c *Catalogue) list(ctx context.Context, d *Dir, all []string) error {
-	c.Files, c.Histories, c.Aside = nil, nil, nil
-	for _, name := range all {
-		if tli, err := wal.ParseHistoryName(name); err == nil {
-			c.Histories = append(c.Histories, tli)
-		}
-		if ext := filepath.Ext(name); ext == abortedSuffix || ext == divergedSuffix {
-			c.Aside = append(c.Aside, name)
-		}
-	}
+	c.Files, c.Histories, c.Aside, c.Unknown = nil, nil, nil, nil
 	size := c.Identity.SegmentSize
-	if !size.Valid() {
-		return nil // no segment either, or none that tells
+	var n listing
+	if size.Valid() { // else there is no segment either, or none that tells
+		n = segmentNames(all, size)
 	}
-	n := segmentNames(all, size)
+	for _, name := range all {
+		tli, noHistory := wal.ParseHistoryName(name)
+		_, segment := n.files[name]
+		switch ext := filepath.Ext(name); {
+		case noHistory == nil:
+			c.Histories = append(c.Histories, tli)
+		case ext == abortedSuffix || ext == divergedSuffix:
+			c.Aside = append(c.Aside, name)
+		case segment || name == metaName || name == lockName || isTemporary(name) || name == "lost+found":
+		case segmentName(name) && ext == ".backup": // a base backup's, which PostgreSQL archives beside the WAL
+		default:
+			c.Unknown = append(c.Unknown, name)
+		}
+	}
 	for name, s := range n.files {
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -147,14 +183,30 @@ func (c *Catalogue) list(ctx context.Context, d *Dir, all []string) error {
 		if err != nil {
 			return err
 		}
+		if info.Mode().Type()&^fs.ModeSymlink != 0 {
+			c.Unknown = append(c.Unknown, name) // a directory, say
+			continue
+		}
 		whole, partial := strings.CutSuffix(name, partialSuffix)
 		c.Files = append(c.Files, StoredFile{s, name, partial, methodWith(filepath.Ext(whole)), info.Size(), info.ModTime()})
 	}
+	slices.Sort(c.Unknown)
 	slices.SortFunc(c.Files, func(a, b StoredFile) int {
 		return cmp.Or(olderSegment(a.Segment, b.Segment), compareBool(a.Partial, b.Partial), cmp.Compare(a.Method, b.Method))
 	})
 	return nil
 }
+
+// listing is what the files' names say.
+func (c Catalogue) listing() listing {
+	names := make([]string, len(c.Files))
+	for i, f := range c.Files {
+		names[i] = f.File
+	}
+	return segmentNames(names, c.Identity.SegmentSize)
+}
+
+func (c Catalogue) restarts() map[wal.Timeline]wal.LSN { return restartsOf(c.Divergences, c.Gaps) }
 
 // olderSegment orders segments by their WAL.
 func olderSegment(a, b wal.Segment) int {
@@ -229,6 +281,9 @@ type Reader struct {
 	file *os.File
 	z    io.Closer
 }
+
+// Stat tells about the file as it is stored.
+func (r *Reader) Stat() (fs.FileInfo, error) { return r.file.Stat() }
 
 // Close ends the reading.
 func (r *Reader) Close() error { return errors.Join(r.z.Close(), r.file.Close()) }

@@ -1,7 +1,9 @@
 package archive
 
 import (
+	"bufio"
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -152,7 +154,34 @@ func gzipWriter(w io.Writer, level int) (io.WriteCloser, error) {
 	return z, nil
 }
 
-func gzipReader(r io.Reader) (io.ReadCloser, error) { return gzip.NewReader(r) }
+// gzipReader takes one member: bytes behind it are an error, as pg_receivewal would
+// take the last four for the segment's size.
+func gzipReader(r io.Reader) (io.ReadCloser, error) {
+	in := bufio.NewReaderSize(r, 64<<10)
+	z, err := gzip.NewReader(in)
+	if err != nil {
+		return nil, err
+	}
+	z.Multistream(false)
+	return &oneMember{z, in}, nil
+}
+
+type oneMember struct {
+	*gzip.Reader
+	in *bufio.Reader
+}
+
+func (m *oneMember) Read(p []byte) (int, error) {
+	n, err := m.Reader.Read(p)
+	if err == io.EOF {
+		if _, more := m.in.ReadByte(); more == nil {
+			err = errors.New("gzip: there is more behind the member")
+		} else if more != io.EOF {
+			err = more
+		}
+	}
+	return n, err
+}
 
 // lz4 takes less than 1 MB to write, as pg_receivewal does with its blocks of 64
 // KB, and up to 16 MB to read what others have made.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"slices"
 
 	"github.com/walfleet/walfleet/internal/wal"
@@ -101,6 +102,9 @@ func (d *Dir) writeCompressed(ctx context.Context, name string, plain file, s wa
 	}
 	d.names.Lock()
 	defer d.names.Unlock()
+	if there, err := exists(d.disk, s.Name()); err != nil || !there { // it was pruned, and is not to come back
+		return errors.Join(cmp.Or[error](err, fs.ErrNotExist), d.disk.Remove(name+tempSuffix))
+	}
 	if err := publish(d.disk, name, d.disk.Rename); err != nil {
 		return err
 	}

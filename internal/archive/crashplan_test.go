@@ -24,6 +24,7 @@ type plan struct {
 	existing bool    // a pg_receivewal was here before: its files up to the end of the first epoch are there
 	links    bool    // the disk has no rename that does not replace
 	compress Compression
+	prunes   bool // what is old is removed now and then
 	epochs   []epoch
 
 	lines map[wal.Timeline]*line
@@ -79,6 +80,7 @@ func newPlan(seed uint64) *plan {
 	if n := int(seed % 8); n < len(methods) { // not from r: it would change what the seeds stand for
 		p.compress = Compression{Method: methods[n].name}
 	}
+	p.prunes = seed%5 == 3
 	p.lines[1] = &line{}
 	p.origin = crashBegin
 	if r.IntN(3) > 0 { // the first segment begins inside a record

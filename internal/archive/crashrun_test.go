@@ -23,6 +23,7 @@ type promises struct {
 	acks   []ack
 	sealed []wal.Segment
 	gaps   []Gap
+	pruned wal.LSN // what is before it may be gone, if archive.json says so
 }
 
 func (p promises) clone() promises {
@@ -316,6 +317,11 @@ func (v *run) flush(end wal.LSN) error {
 			return err
 		}
 	}
+	if len(sealed) > 0 {
+		if err := v.prune(); err != nil {
+			return err
+		}
+	}
 	if err := v.acknowledge(end); err != nil || v.calm || v.r.IntN(2) == 0 {
 		return err
 	}
@@ -336,6 +342,35 @@ func (v *run) compressSealed() error {
 		if _, err := v.dir.Compress(context.Background(), s, v.compress); err != nil && !(isDiskError(err) && v.disk.faults != nil) {
 			return broken("compressing %s: %v", s, err)
 		}
+	}
+	return nil
+}
+
+// prune removes old WAL, as the retention does beside all else: a fault of the disk is for the next time.
+func (v *run) prune() error {
+	if !v.prunes || v.r.IntN(2) == 0 {
+		return nil
+	}
+	limit := crashSegment.Start(v.w.Written() - wal.LSN(v.r.IntN(3<<20)))
+	v.made.pruned = max(v.made.pruned, limit)
+	if _, err := v.dir.Prune(context.Background(), limit); err != nil && !(isDiskError(err) && v.disk.faults != nil) {
+		return broken("pruning before %s: %v", limit, err)
+	}
+	return nil
+}
+
+// checkPruned expects a segment that is gone to be one that archive.json has as pruned, on the disk.
+func (v *run) checkPruned(s wal.Segment) error {
+	if s.End() > v.made.pruned {
+		return broken("%s is gone, and nobody pruned it", s)
+	}
+	i := v.disk.durable[metaName]
+	if i == nil {
+		return broken("%s is gone, and so is archive.json", s)
+	}
+	d := &Dir{path: "archive", disk: &memDisk{names: map[string]*inode{metaName: {cache: i.disk, size: i.syncedSize}}}}
+	if err := d.readMeta(); err != nil || d.Pruned().LSN < s.End() {
+		return broken("%s was pruned, and archive.json has %+v, %v", s, d.Pruned(), err)
 	}
 	return nil
 }
@@ -417,6 +452,13 @@ func (v *run) checkAck(a ack) error {
 		if i == nil {
 			i = v.disk.durable[s.Name()+partialSuffix]
 		}
+		if i == nil && s.End() <= v.made.pruned {
+			if err := v.checkPruned(s); err != nil {
+				return err
+			}
+			at = to
+			continue
+		}
 		if i == nil || i.syncedSize != int64(crashSegment) || !has(i.disk, int64(at-s.Start), want) {
 			return broken("timeline %d is acknowledged up to %s, but %s from %s to %s is not on the disk", a.tli, a.to, s, at, to)
 		}
@@ -445,7 +487,9 @@ func (v *run) checkDisk() error {
 	}
 	for _, s := range v.made.sealed {
 		if sealedName(v.disk.durable, s) == "" {
-			return broken("%s was sealed, and has lost its name", s)
+			if err := v.checkPruned(s); err != nil {
+				return fmt.Errorf("it was sealed, and has lost its name: %w", err)
+			}
 		}
 	}
 	for name, i := range v.disk.names {
@@ -515,7 +559,7 @@ func (v *run) checkEnd() error {
 	v.made.acks = append(v.made.acks, whole)
 	for start := whole.from; start+wal.LSN(crashSegment) <= complete; start += wal.LSN(crashSegment) {
 		s := crashSegment.Segment(v.owner(last.tli, start), start)
-		if sealedName(v.disk.names, s) == "" {
+		if sealedName(v.disk.names, s) == "" && s.End() > v.made.pruned {
 			return broken("%s is not sealed in the end", s)
 		}
 	}
@@ -567,7 +611,7 @@ func (v *run) checkNames(complete wal.LSN) error {
 			return broken("%s is there, and segments are compressed with %s", name, v.compress)
 		case partial && v.disk.names[base] != nil:
 			return broken("%s is there as well as %s", name, base)
-		case partial && s.Timeline == v.w.Timeline() && s.Start < complete && s.End() <= complete && s.Start >= v.base():
+		case partial && s.Timeline == v.w.Timeline() && s.Start < complete && s.End() <= complete && s.Start >= max(v.base(), v.made.pruned):
 			return broken("%s is still partial, the archive ends at %s", name, complete)
 		}
 	}

@@ -78,11 +78,12 @@ type Dir struct {
 	path  string
 	disk  disk
 	lock  *flock.Flock
-	meta  *meta // nil until the directory is bound
+	meta  atomic.Pointer[meta] // nil until the directory is bound; who changes it holds changing
 	group atomic.Bool
 	// names excludes the two steps that put a compressed segment in the place of a
 	// plain one from a listing, which could miss both.
-	names sync.Mutex
+	names    sync.Mutex
+	changing sync.Mutex // held while archive.json is rewritten
 	// distrusted are names of partial files that a sync failed for. A second sync
 	// would return nil all the same, so they are replaced before they are used.
 	distrusted map[string]bool
@@ -90,11 +91,12 @@ type Dir struct {
 
 // meta is archive.json.
 type meta struct {
-	Format      int        `json:"format"`
-	SystemID    string     `json:"system_identifier"` // decimal; a JSON number would lose digits
-	SegmentSize uint32     `json:"segment_size"`      // bytes
-	Origin      metaOrigin `json:"origin"`
-	Gaps        []metaGap  `json:"gaps,omitempty"`
+	Format      int         `json:"format"`
+	SystemID    string      `json:"system_identifier"` // decimal; a JSON number would lose digits
+	SegmentSize uint32      `json:"segment_size"`      // bytes
+	Origin      metaOrigin  `json:"origin"`
+	Pruned      *metaPruned `json:"pruned,omitempty"`
+	Gaps        []metaGap   `json:"gaps,omitempty"`
 
 	Aborted     []metaAborted    `json:"aborted,omitempty"`
 	Divergences []metaDivergence `json:"divergences,omitempty"`
@@ -113,6 +115,11 @@ type metaOrigin struct {
 	LSN      string    `json:"lsn"`
 	Source   string    `json:"source"`
 	Time     time.Time `json:"time"`
+}
+
+type metaPruned struct {
+	LSN  string    `json:"lsn"`
+	Time time.Time `json:"time"`
 }
 
 // Open makes the directory when it is missing, and locks it. The error is
@@ -240,6 +247,11 @@ func (d *Dir) readMeta() error {
 	if err1 != nil || err2 != nil || !size.Valid() || size.Offset(lsn) != 0 || m.Origin.Timeline == 0 {
 		return &FileError{path, "is damaged: it lacks a valid system_identifier, segment_size or origin"}
 	}
+	if p := m.Pruned; p != nil {
+		if lsn, err := wal.ParseLSN(p.LSN); err != nil || lsn == 0 || size.Offset(lsn) != 0 {
+			return &FileError{path, "is damaged: what it says was pruned makes no sense"}
+		}
+	}
 	for _, g := range m.Gaps {
 		from, err1 := wal.ParseLSN(g.From)
 		to, err2 := wal.ParseLSN(g.To)
@@ -257,7 +269,7 @@ func (d *Dir) readMeta() error {
 			return &FileError{path, "is damaged: it has a divergence that makes no sense"}
 		}
 	}
-	d.meta = &m
+	d.meta.Store(&m)
 	return nil
 }
 
@@ -265,9 +277,9 @@ func (d *Dir) readMeta() error {
 // and returns an IdentityError when they differ. A directory that is not bound
 // yet, but holds segments (of a pg_receivewal, say), is judged by their headers.
 func (d *Dir) Check(id Identity) error {
-	if d.meta != nil {
-		systemID, _ := strconv.ParseUint(d.meta.SystemID, 10, 64)
-		return compareIdentity(d.path, Identity{systemID, wal.SegmentSize(d.meta.SegmentSize)}, id)
+	if m := d.meta.Load(); m != nil {
+		systemID, _ := strconv.ParseUint(m.SystemID, 10, 64)
+		return compareIdentity(d.path, Identity{systemID, wal.SegmentSize(m.SegmentSize)}, id)
 	}
 	c, err := d.scan(smallestSegment) // whose names are all others' too
 	if err != nil {
@@ -322,29 +334,33 @@ func (d *Dir) readIdentity(name string) (id Identity, ok bool, err error) {
 }
 
 // Bound reports whether the directory belongs to a cluster already.
-func (d *Dir) Bound() bool { return d.meta != nil }
+func (d *Dir) Bound() bool { return d.meta.Load() != nil }
 
 // SegmentSize is the size of a bound directory's segments; 0: it is not bound.
 func (d *Dir) SegmentSize() wal.SegmentSize {
-	if d.meta == nil {
+	m := d.meta.Load()
+	if m == nil {
 		return 0
 	}
-	return wal.SegmentSize(d.meta.SegmentSize)
+	return wal.SegmentSize(m.SegmentSize)
 }
 
 // Origin is where the archive of a bound directory began, or is going to.
 func (d *Dir) Origin() (tli wal.Timeline, lsn wal.LSN, bound bool) {
-	if d.meta == nil {
+	m := d.meta.Load()
+	if m == nil {
 		return 0, 0, false
 	}
-	lsn, _ = wal.ParseLSN(d.meta.Origin.LSN) // checked when it was read
-	return wal.Timeline(d.meta.Origin.Timeline), lsn, true
+	lsn, _ = wal.ParseLSN(m.Origin.LSN) // checked when it was read
+	return wal.Timeline(m.Origin.Timeline), lsn, true
 }
 
 // Bind writes archive.json, which binds an unbound directory to a cluster for
 // ever and says where its archive began.
 func (d *Dir) Bind(id Identity, origin Origin) error {
-	if d.meta != nil {
+	d.changing.Lock()
+	defer d.changing.Unlock()
+	if d.meta.Load() != nil {
 		return fmt.Errorf("archive directory %s is bound already", d.path)
 	}
 	// Files that another program put here count as durable from here on.
@@ -368,8 +384,18 @@ func (d *Dir) Bind(id Identity, origin Origin) error {
 	return d.writeMeta(m)
 }
 
+// change rewrites archive.json, whose directory is bound, with what do changes in a
+// copy. What do appends to or deletes from it must clone first.
+func (d *Dir) change(do func(*meta)) error {
+	d.changing.Lock()
+	defer d.changing.Unlock()
+	m := *d.meta.Load()
+	do(&m)
+	return d.writeMeta(&m)
+}
+
 // writeMeta makes m the content of archive.json. What is there was read, or
-// written in vain by an earlier attempt.
+// written in vain by an earlier attempt. d.changing is held.
 func (d *Dir) writeMeta(m *meta) error {
 	data, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
@@ -378,27 +404,44 @@ func (d *Dir) writeMeta(m *meta) error {
 	if err := storeFile(d.disk, metaName, append(data, '\n'), d.fileMode(), d.disk.Replace); err != nil {
 		return fmt.Errorf("archive directory: %w", err)
 	}
-	d.meta = m
+	d.meta.Store(m)
 	return nil
 }
 
 // RecordGap writes down that the WAL of a gap is missing for good. From then on
 // the archive's tail is behind the gap.
 func (d *Dir) RecordGap(g Gap) error {
-	m := *d.meta
-	m.Gaps = append(slices.Clone(m.Gaps), metaGap{
-		Timeline: uint32(g.Timeline), From: g.From.String(), To: g.To.String(), Time: g.Time.UTC(), Reason: g.Reason,
+	return d.change(func(m *meta) {
+		m.Gaps = append(slices.Clone(m.Gaps), metaGap{
+			Timeline: uint32(g.Timeline), From: g.From.String(), To: g.To.String(), Time: g.Time.UTC(), Reason: g.Reason,
+		})
 	})
-	return d.writeMeta(&m)
+}
+
+// Pruned is what was removed of an archive: all WAL before LSN, of every timeline.
+type Pruned struct {
+	LSN  wal.LSN // exclusive, the start of a segment; 0: nothing was removed
+	Time time.Time
+}
+
+// Pruned is what was removed last, or is going to be.
+func (d *Dir) Pruned() Pruned {
+	m := d.meta.Load()
+	if m == nil || m.Pruned == nil {
+		return Pruned{}
+	}
+	lsn, _ := wal.ParseLSN(m.Pruned.LSN) // checked when it was read
+	return Pruned{lsn, m.Pruned.Time}
 }
 
 // Gaps lists the gaps that were recorded, in the order in which that was done.
 func (d *Dir) Gaps() []Gap {
-	if d.meta == nil {
+	m := d.meta.Load()
+	if m == nil {
 		return nil
 	}
-	gaps := make([]Gap, len(d.meta.Gaps))
-	for i, g := range d.meta.Gaps {
+	gaps := make([]Gap, len(m.Gaps))
+	for i, g := range m.Gaps {
 		from, _ := wal.ParseLSN(g.From) // checked when they were read
 		to, _ := wal.ParseLSN(g.To)
 		gaps[i] = Gap{wal.Timeline(g.Timeline), from, to, g.Reason, g.Time}
@@ -506,12 +549,14 @@ func segmentNames(all []string, size wal.SegmentSize) listing {
 
 // restarts are where the archive went on, on each timeline, by the last decision
 // about a divergence or a gap.
-func (d *Dir) restarts() map[wal.Timeline]wal.LSN {
+func (d *Dir) restarts() map[wal.Timeline]wal.LSN { return restartsOf(d.Divergences(), d.Gaps()) }
+
+func restartsOf(divergences []Divergence, gaps []Gap) map[wal.Timeline]wal.LSN {
 	restarts := map[wal.Timeline]wal.LSN{}
-	for _, v := range d.Divergences() {
+	for _, v := range divergences {
 		restarts[v.Timeline] = v.Restart
 	}
-	for _, g := range d.Gaps() { // those behind a divergence were put aside with it
+	for _, g := range gaps { // those behind a divergence were put aside with it
 		restarts[g.Timeline] = max(restarts[g.Timeline], g.To)
 	}
 	return restarts
@@ -551,7 +596,22 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 	if err != nil {
 		return Tail{}, false, err
 	}
-	for _, set := range []map[wal.Segment]bool{c.sealed, c.partial} {
+	t, ok = c.tail(d.restarts())
+	if !ok || t.Start == 0 {
+		return t, ok, nil
+	}
+	if restart, ok := d.restarts()[t.Timeline]; ok && restart >= t.Start {
+		return t, true, nil // nothing before it counts
+	}
+	if last := size.Segment(t.Timeline, t.Start-1).Name(); c.plain[last] {
+		return t, ok, d.checkSealedSize(last, size)
+	}
+	return t, ok, nil
+}
+
+// tail is Tail by names alone.
+func (n listing) tail(restarts map[wal.Timeline]wal.LSN) (t Tail, ok bool) {
+	for _, set := range []map[wal.Segment]bool{n.sealed, n.partial} {
 		for s := range set {
 			t.Timeline = max(t.Timeline, s.Timeline)
 			if !ok || s.Start < t.First.Start || s.Start == t.First.Start && s.Timeline < t.First.Timeline {
@@ -559,34 +619,29 @@ func (d *Dir) Tail(size wal.SegmentSize) (t Tail, ok bool, err error) {
 			}
 		}
 	}
-	restarts := d.restarts()
 	for tli := range restarts {
 		t.Timeline = max(t.Timeline, tli)
 	}
 	if ok = ok || len(restarts) > 0; !ok {
-		return Tail{}, false, nil
+		return Tail{}, false
 	}
 	lowest := wal.LSN(math.MaxUint64)
-	for s := range c.partial {
+	for s := range n.partial {
 		if s.Timeline == t.Timeline {
 			lowest = min(lowest, s.Start)
 		}
 	}
-	for s := range c.sealed {
+	for s := range n.sealed {
 		if s.Timeline == t.Timeline {
 			t.Start = max(t.Start, s.End())
 		}
 	}
 	if restart, ok := restarts[t.Timeline]; ok && restart >= t.Start {
 		t.Start = restart
-		return t, true, nil // nothing before it counts
+		return t, true
 	}
 	if t.Start == 0 {
 		t.Start = lowest
-		return t, ok, nil
 	}
-	if last := size.Segment(t.Timeline, t.Start-1).Name(); c.plain[last] {
-		return t, ok, d.checkSealedSize(last, size)
-	}
-	return t, ok, nil
+	return t, true
 }

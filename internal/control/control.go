@@ -7,6 +7,7 @@
 //	POST /v1/preview?file=NAME                 a fleet.Outcome; the body is a configuration, of which nothing is done
 //	POST /v1/clusters/NAME/accept-gap
 //	POST /v1/clusters/NAME/accept-divergence
+//	POST /v1/clusters/NAME/prune?before=LSN    what of WAL before it was removed: {"removed": [names of files]}
 //
 // The answer is JSON. A reload that failed, in part too, has a status of 409. A
 // decision's is {"done": "what was done"}, or {"error": "why not"} with a status of
@@ -31,6 +32,7 @@ import (
 
 	"github.com/walfleet/walfleet/fleet"
 	"github.com/walfleet/walfleet/internal/archive"
+	"github.com/walfleet/walfleet/internal/wal"
 	"github.com/walfleet/walfleet/receiver"
 )
 
@@ -41,6 +43,8 @@ const socketName = ".walfleet.sock"
 const (
 	// decideTimeout bounds what a decision may take: a server may have to be asked.
 	decideTimeout = time.Minute
+	// pruneTimeout bounds what a prune may take. What it has not removed by then stays.
+	pruneTimeout = 10 * time.Minute
 	// dialTimeout bounds finding out whether a daemon is there.
 	dialTimeout = 5 * time.Second
 	// statusTimeout bounds what a status may take: nothing is asked for it.
@@ -57,6 +61,7 @@ type daemon interface {
 	Reload(ctx context.Context, file string) fleet.Outcome
 	Preview(file string, content []byte) fleet.Outcome
 	Report() fleet.Report
+	Prune(ctx context.Context, cluster string, before wal.LSN) (removed []string, err error)
 }
 
 // ErrNoDaemon says that nobody answers at a runtime directory's socket.
@@ -153,6 +158,22 @@ func handler(ctx context.Context, d daemon) http.Handler {
 		}
 		reply(w, status, out)
 	})
+	mux.HandleFunc("POST /v1/clusters/{name}/prune", func(w http.ResponseWriter, r *http.Request) {
+		conn := http.NewResponseController(w)
+		_ = conn.SetReadDeadline(time.Time{}) // when that of reading the request passes, its context ends
+		_ = conn.SetWriteDeadline(time.Now().Add(pruneTimeout + dialTimeout))
+		ctx, cancel := context.WithTimeout(r.Context(), pruneTimeout)
+		defer cancel()
+		a, status := pruned{Removed: []string{}}, http.StatusOK
+		before, err := wal.ParseLSN(r.URL.Query().Get("before"))
+		if err == nil {
+			a.Removed, err = d.Prune(ctx, r.PathValue("name"), before)
+		}
+		if err != nil {
+			a.Error, status = err.Error(), http.StatusConflict
+		}
+		reply(w, status, a)
+	})
 	for _, what := range []receiver.Decision{receiver.AcceptGap, receiver.AcceptDivergence} {
 		mux.HandleFunc("POST /v1/clusters/{name}/"+string(what), func(w http.ResponseWriter, r *http.Request) {
 			// When that of reading the request passes, its context ends.
@@ -180,6 +201,24 @@ func reply(w http.ResponseWriter, status int, answer any) {
 type answer struct {
 	Done  string `json:"done,omitempty"`
 	Error string `json:"error,omitempty"`
+}
+
+type pruned struct {
+	Removed []string `json:"removed"`
+	Error   string   `json:"error,omitempty"`
+}
+
+// Prune makes the daemon of a runtime directory remove WAL before a position from a
+// cluster's archive, and returns the names of the files that it has removed, also with an
+// error.
+func Prune(ctx context.Context, runtimeDir, cluster string, before wal.LSN) ([]string, error) {
+	var a pruned
+	resource := "clusters/" + url.PathEscape(cluster) + "/prune?before=" + url.QueryEscape(before.String())
+	err := ask(ctx, runtimeDir, http.MethodPost, resource, pruneTimeout+dialTimeout, nil, &a)
+	if err == nil && a.Error != "" {
+		err = errors.New(a.Error)
+	}
+	return a.Removed, err
 }
 
 // Decide tells the daemon of a runtime directory what a person decided about a

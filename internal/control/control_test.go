@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/walfleet/walfleet/fleet"
+	"github.com/walfleet/walfleet/internal/wal"
 	"github.com/walfleet/walfleet/receiver"
 )
 
@@ -47,6 +48,28 @@ func (f *oneCluster) Decide(_ context.Context, cluster string, what receiver.Dec
 		return "", errors.New("it is something else")
 	}
 	return "gap recorded", nil
+}
+
+func (f *oneCluster) Prune(_ context.Context, cluster string, before wal.LSN) ([]string, error) {
+	f.asked = append(f.asked, cluster+" prune "+before.String())
+	if cluster != "orders.eu" {
+		return []string{"000000010000000000000001"}, errors.New("the disk is read-only")
+	}
+	return []string{"000000010000000000000001", "000000010000000000000002.gz"}, nil
+}
+
+func TestPruneReachesTheFleetAndIsAnswered(t *testing.T) {
+	var d oneCluster
+	dir, _ := serve(t, &d)
+	if removed, err := Prune(t.Context(), dir, "orders.eu", 0x1300000000); len(removed) != 2 || err != nil {
+		t.Errorf("%q, %v", removed, err)
+	}
+	if removed, err := Prune(t.Context(), dir, "../orders", 0x10); len(removed) != 1 || err == nil || err.Error() != "the disk is read-only" {
+		t.Errorf("%q, %v", removed, err)
+	}
+	if want := "orders.eu prune 13/0|../orders prune 0/10"; strings.Join(d.asked, "|") != want {
+		t.Errorf("the fleet was asked %q, want %q", d.asked, want)
+	}
 }
 
 // serve answers commands in a directory of its own until the test ends. Paths of sockets are short.

@@ -168,7 +168,7 @@ func (d *demo) makeDirIn(parent string, need int64) error {
 	if err != nil {
 		return err
 	}
-	free, err := freeSpace(parent)
+	free, err := postgres.FreeSpace(parent)
 	switch {
 	case err != nil:
 		return err

@@ -40,15 +40,6 @@ func terminalWidth(f *os.File) int {
 	return int(ws.Col)
 }
 
-// freeSpace is how many bytes the file system of dir has for this user.
-func freeSpace(dir string) (int64, error) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
-		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
-	}
-	return int64(fs.Bavail) * int64(fs.Bsize), nil
-}
-
 // passable tells whether any user may go through dir and all directories above
 // it, as a server that runs as another user must.
 func passable(dir string) bool {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"slices"
+	"time"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -39,6 +40,7 @@ const (
 	pageOverwrite  = 0x0008
 	recordHeader   = 24
 	rmgrXLOG       = 0
+	rmgrXact       = 1
 	xlogNoop       = 0x20
 	xlogSwitch     = 0x40
 	xlogOverwrite  = 0xD0
@@ -78,6 +80,19 @@ func (w *WAL) Append(payload []byte) (start, end wal.LSN) {
 	return w.append(xlogNoop, payload)
 }
 
+// Commit adds the record of a transaction that commits at when (xl_xact_commit), to the microsecond. It returns
+// where the record starts, and its exclusive end with padding.
+func (w *WAL) Commit(when time.Time) (start, end wal.LSN) {
+	payload := []byte{255, 8} // XLR_BLOCK_ID_DATA_SHORT, and the data's length
+	micros := when.Sub(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)).Microseconds()
+	return w.Transaction(0, binary.LittleEndian.AppendUint64(payload, uint64(micros)))
+}
+
+// Transaction adds a record of the transaction manager (RM_XACT_ID), with all that comes after its header.
+func (w *WAL) Transaction(info byte, payload []byte) (start, end wal.LSN) {
+	return w.record(rmgrXact, info, payload)
+}
+
 // FillTo adds one record whose length makes the WAL end at end, a multiple of 8. That takes 24 bytes of room
 // at least, page headers not counted. It returns the record's start.
 func (w *WAL) FillTo(end wal.LSN) (start wal.LSN) {
@@ -113,7 +128,7 @@ func (w *WAL) Switch() wal.LSN {
 // gives up the record, and an XLOG_OVERWRITE_CONTRECORD record. It returns the starts of the record that
 // was given up and of the page after it. The record must not be complete within those pages.
 func (w *WAL) Abort(payload []byte, pages int) (start, page wal.LSN) {
-	start, end := w.put(xlogNoop, payload)
+	start, end := w.put(rmgrXLOG, xlogNoop, payload)
 	page = start - start%wal.PageSize + wal.LSN(pages)*wal.PageSize
 	if pages < 1 || end <= page {
 		panic(fmt.Sprintf("pgtest: the record from %s to %s is complete before %s", start, end, page))
@@ -167,7 +182,11 @@ func (w *WAL) Fork(at wal.LSN, tli wal.Timeline) *WAL {
 }
 
 func (w *WAL) append(info byte, payload []byte) (start, end wal.LSN) {
-	start, end = w.put(info, payload)
+	return w.record(rmgrXLOG, info, payload)
+}
+
+func (w *WAL) record(rmgr, info byte, payload []byte) (start, end wal.LSN) {
+	start, end = w.put(rmgr, info, payload)
 	w.prev = start
 	w.starts = append(w.starts, start)
 	w.ends = append(w.ends, end)
@@ -175,7 +194,7 @@ func (w *WAL) append(info byte, payload []byte) (start, end wal.LSN) {
 }
 
 // put writes one record.
-func (w *WAL) put(info byte, payload []byte) (start, end wal.LSN) {
+func (w *WAL) put(rmgr, info byte, payload []byte) (start, end wal.LSN) {
 	if w.End()%wal.PageSize == 0 {
 		w.putPage(0)
 	}
@@ -184,7 +203,7 @@ func (w *WAL) put(info byte, payload []byte) (start, end wal.LSN) {
 	r := make([]byte, recordHeader, recordHeader+len(payload))
 	binary.LittleEndian.PutUint32(r, uint32(recordHeader+len(payload)))
 	binary.LittleEndian.PutUint64(r[8:], uint64(w.prev))
-	r[16], r[17] = info, rmgrXLOG
+	r[16], r[17] = info, rmgr
 	crc := crc32.MakeTable(crc32.Castagnoli)
 	binary.LittleEndian.PutUint32(r[20:], crc32.Update(crc32.Checksum(payload, crc), crc, r[:20]))
 	r = append(r, payload...)

@@ -1,5 +1,5 @@
 // Package postgres finds the PostgreSQL that is installed on this machine, and what it takes to run throwaway
-// servers of it: a user that is not root, and a port.
+// servers of it: a user that is not root, a port, and room on a disk.
 package postgres
 
 import (
@@ -31,10 +31,20 @@ func (i Installation) Path(program string) string { return filepath.Join(i.Dir, 
 // It looks in the PATH, where packages put PostgreSQL (newest first), and where
 // pg_config says.
 func Find(ctx context.Context, major int, programs ...string) (Installation, bool) {
-	return find(ctx, append(binaryDirs("/", os.Getenv("PATH")), pgConfigDir(ctx)), major, programs)
+	return find(ctx, dirs(ctx), func(m int) bool { return m >= major }, programs)
 }
 
-func find(ctx context.Context, dirs []string, major int, programs []string) (Installation, bool) {
+// FindMajor is Find for that very version: no other one can read its data
+// directory.
+func FindMajor(ctx context.Context, major int, programs ...string) (Installation, bool) {
+	return find(ctx, dirs(ctx), func(m int) bool { return m == major }, programs)
+}
+
+func dirs(ctx context.Context) []string {
+	return append(binaryDirs("/", os.Getenv("PATH")), pgConfigDir(ctx))
+}
+
+func find(ctx context.Context, dirs []string, fits func(major int) bool, programs []string) (Installation, bool) {
 	for _, dir := range dirs {
 		i := Installation{Dir: dir}
 		if slices.ContainsFunc(append([]string{"postgres"}, programs...), func(p string) bool { return !executable(i.Path(p)) }) {
@@ -44,7 +54,7 @@ func find(ctx context.Context, dirs []string, major int, programs []string) (Ins
 		if err != nil {
 			continue
 		}
-		if i.Version, i.Major = ParseVersion(string(out)); i.Major >= major {
+		if i.Version, i.Major = ParseVersion(string(out)); fits(i.Major) {
 			return i, true
 		}
 	}

@@ -56,11 +56,12 @@ func TestFind(t *testing.T) {
 	good := install("good", "17.6 (Debian 17.6-1)", "postgres", "initdb", "psql")
 	later := install("later", "18.1", "postgres", "initdb", "psql")
 
-	got, ok := find(t.Context(), []string{missing, client, bare, old, odd, good, later}, 13, programs)
+	since13 := func(major int) bool { return major >= 13 }
+	got, ok := find(t.Context(), []string{missing, client, bare, old, odd, good, later}, since13, programs)
 	if want := (Installation{Dir: good, Version: "17.6", Major: 17}); !ok || got != want {
 		t.Errorf("got %+v, %t, want %+v", got, ok, want)
 	}
-	if got, ok := find(t.Context(), []string{missing, client, bare, old, odd}, 13, programs); ok {
+	if got, ok := find(t.Context(), []string{missing, client, bare, old, odd}, since13, programs); ok {
 		t.Errorf("found %+v, want nothing", got)
 	}
 }

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Owner is the user that server processes run as; nil is this process's own.
@@ -43,12 +45,32 @@ func ServerOwner() (*Owner, error) {
 	return nil, fmt.Errorf("PostgreSQL does not run as root, and there is no other user for it: %w", errors.Join(errs...))
 }
 
-// Give makes o the owner of path.
+// OwnerOf is nil unless this process is root's. Then it is the owner of path, who
+// can read it; the error says so where that is root too.
+func OwnerOf(path string) (*Owner, error) {
+	if os.Geteuid() != 0 {
+		return nil, nil
+	}
+	var info syscall.Stat_t
+	if err := syscall.Stat(path, &info); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if info.Uid == 0 {
+		return nil, fmt.Errorf("PostgreSQL does not run as root, and %s belongs to root", path)
+	}
+	name := strconv.FormatUint(uint64(info.Uid), 10)
+	if u, err := user.LookupId(name); err == nil {
+		name = u.Username
+	}
+	return &Owner{Name: name, uid: info.Uid, gid: info.Gid}, nil
+}
+
+// Give makes o the owner of path, which may be a symbolic link.
 func (o *Owner) Give(path string) error {
 	if o == nil {
 		return nil
 	}
-	return os.Chown(path, int(o.uid), int(o.gid))
+	return os.Lchown(path, int(o.uid), int(o.gid))
 }
 
 // Credential is what a child process needs to run as o.
@@ -57,6 +79,15 @@ func (o *Owner) Credential() *syscall.Credential {
 		return nil
 	}
 	return &syscall.Credential{Uid: o.uid, Gid: o.gid}
+}
+
+// FreeSpace is how many bytes the file system of dir has for this user.
+func FreeSpace(dir string) (int64, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(fs.Bavail) * int64(fs.Bsize), nil
 }
 
 // FreePort finds a port of 127.0.0.1 that nothing listens on. It lies below

@@ -27,3 +27,13 @@ func RecordBegins(page []byte) bool {
 	left := (uint64(u32(page[16:])) + recordAlign - 1) &^ (recordAlign - 1)
 	return uint64(header)+left < PageSize
 }
+
+// PageMagic is xlp_magic of a page, which is the same all over a cluster: each major
+// version of PostgreSQL has its own. ok is false when page is not the beginning of
+// a page.
+func PageMagic(page []byte) (magic uint16, ok bool) {
+	if len(page) < 2 || page[1] != pageMagicHigh {
+		return 0, false
+	}
+	return u16(page), true
+}

@@ -49,6 +49,8 @@ const (
 	rmgrXLOG     = 0    // RM_XLOG_ID
 	xlogSwitch   = 0x40 // XLOG_SWITCH, in the upper half of xl_info
 	rmgrInfoMask = 0xF0 // XLR_RMGR_INFO_MASK
+
+	xlogOverwrite = 0xD0 // XLOG_OVERWRITE_CONTRECORD
 )
 
 // pageHeaderSize is the length of the header of the page that contains l.

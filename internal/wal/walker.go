@@ -14,6 +14,20 @@ type WalkerConfig struct {
 	SystemID uint64      // the cluster's system identifier; 0 = any
 	CheckCRC bool        // check every record's CRC-32C, not only its header
 	Settled  LSN         // bytes before it are known to be right: records that were given up there do not count
+	Exact    *Exact      // check everything that servers guarantee; nil: what PostgreSQL's own reader and CheckCRC check
+}
+
+// Exact asks for WAL as servers write it, bit by bit, where PostgreSQL's own reader is content with less:
+// it takes a page of any version and of any older timeline, does not look at bytes that it has no use for,
+// and believes a page that claims to give up a record. What servers guarantee nothing about is left: the flag
+// XLP_BKP_REMOVABLE, and what stands in a record that was given up.
+type Exact struct {
+	Magic   uint16  // of all pages, as PageMagic tells it; 0 = any that could be
+	History History // of the WAL's timeline: says which one each page is of; a Timeline of 0 = not known
+
+	// GivenUp is told of each record that began and was given up: its start, and the start of the page
+	// that says so. nil: nobody wants to know.
+	GivenUp func(start, page LSN)
 }
 
 // Walker follows contiguous WAL, fed to it in pieces of any length, from page to page and from record to
@@ -46,6 +60,8 @@ type Walker struct {
 	prevKnown bool
 	unusedEnd LSN  // end of the segment whose rest is unused
 	guess     bool // the record before Start may have been an XLOG_SWITCH; see endRecord
+	last      LSN  // start of the last complete record whose beginning was seen; 0: none
+	overwrite bool // the next record must be an XLOG_OVERWRITE_CONTRECORD
 	abandoned LSN  // start of the first record that was given up; 0: none was
 	goesOn    LSN  // start of the page that gave up the last one
 }
@@ -65,9 +81,22 @@ var crc32c = crc32.MakeTable(crc32.Castagnoli)
 
 // CorruptError tells that bytes are not valid WAL.
 type CorruptError struct {
-	LSN    LSN // start of the page or record that is invalid
+	LSN    LSN // start of the page or record that is invalid, or the very byte
+	Kind   CorruptKind
 	Reason string
 }
+
+// CorruptKind is what of the WAL is invalid.
+type CorruptKind string
+
+const (
+	CorruptPage     CorruptKind = "page"     // a page's header, or that it goes on where the page before ended
+	CorruptIdentity CorruptKind = "identity" // a segment's header is of another cluster
+	CorruptTimeline CorruptKind = "timeline" // a page is of a timeline that it cannot be of
+	CorruptRecord   CorruptKind = "record"   // a record's header, or that it names the record before
+	CorruptChecksum CorruptKind = "checksum" // a record's CRC-32C
+	CorruptZeros    CorruptKind = "zeros"    // bytes that servers leave zero
+)
 
 func (e *CorruptError) Error() string {
 	return fmt.Sprintf("invalid WAL at %s: %s", e.LSN, e.Reason)
@@ -115,6 +144,19 @@ func (w *Walker) ProvenFrom() LSN {
 	return w.proven
 }
 
+// Last is the start of the last complete record whose beginning was seen; 0: there is none yet.
+func (w *Walker) Last() LSN {
+	return w.last
+}
+
+// Onto is a copy of w, which stands at the end of a segment, that goes on with the WAL of timeline tli, the same or
+// one that branched off behind w's last page.
+func (w *Walker) Onto(tli Timeline, exact *Exact) *Walker {
+	onto := *w
+	onto.c.Timeline, onto.c.Exact = tli, exact
+	return &onto
+}
+
 // Feed takes the next bytes of the WAL. It keeps no reference to p.
 //
 // Bytes that are not valid WAL give a *CorruptError, on this and all later calls. Boundary then stays where
@@ -151,8 +193,9 @@ func (w *Walker) Feed(p []byte) error {
 // ended. Bits of xlp_info that are not known are refused, as PostgreSQL does: the last one that was added
 // changed where a page's first record starts.
 func (w *Walker) openPage(lsn LSN, h []byte) error {
+	kind := CorruptPage
 	bad := func(format string, args ...any) error {
-		return &CorruptError{LSN: lsn, Reason: fmt.Sprintf(format, args...)}
+		return &CorruptError{LSN: lsn, Kind: kind, Reason: fmt.Sprintf(format, args...)}
 	}
 	info, tli, rest := u16(h[2:]), Timeline(u32(h[4:])), u32(h[16:])
 	switch {
@@ -163,13 +206,19 @@ func (w *Walker) openPage(lsn LSN, h []byte) error {
 	case LSN(u64(h[8:])) != lsn:
 		return bad("the page says that it is %s", LSN(u64(h[8:])))
 	case tli == 0 || tli > w.c.Timeline:
+		kind = CorruptTimeline
 		return bad("page of timeline %d in the WAL of timeline %d", tli, w.c.Timeline)
 	case tli < w.tli:
+		kind = CorruptTimeline
 		return bad("page of timeline %d after one of timeline %d", tli, w.tli)
 	case (info&pageLong != 0) != (len(h) == longPageHeader):
 		return bad("long page header missing or out of place, flags %04X", info)
 	}
+	if err := w.openExactPage(lsn, h); err != nil {
+		return err
+	}
 	if len(h) == longPageHeader {
+		kind = CorruptIdentity
 		switch id := u64(h[24:]); {
 		case w.c.SystemID != 0 && id != w.c.SystemID:
 			return bad("WAL of system %d, expected %d", id, w.c.SystemID)
@@ -178,6 +227,7 @@ func (w *Walker) openPage(lsn LSN, h []byte) error {
 		case u32(h[36:]) != PageSize:
 			return bad("page size %d, expected %d", u32(h[36:]), PageSize)
 		}
+		kind = CorruptPage
 	}
 
 	continued := info&pageContrecord != 0
@@ -185,7 +235,11 @@ func (w *Walker) openPage(lsn LSN, h []byte) error {
 	case continued && info&pageOverwrite != 0:
 		return bad("contradictory page flags %04X", info)
 	case info&pageOverwrite != 0:
+		if w.c.Exact != nil && lsn != w.c.Start && w.phase != inTail && !w.started() {
+			return bad("it gives up a record, and none is incomplete")
+		}
 		w.giveUp(lsn)
+		w.overwrite = w.c.Exact != nil
 	case continued && lsn == w.c.Start:
 		if rest == 0 {
 			return bad("rest of a record of 0 bytes")
@@ -209,16 +263,46 @@ func (w *Walker) openPage(lsn LSN, h []byte) error {
 	return nil
 }
 
+// openExactPage checks what Exact asks of a page's header beyond the rest: servers make pages from zeros
+// (AdvanceXLInsertBuffer in xlog.c), with the timeline that they write at the time.
+func (w *Walker) openExactPage(lsn LSN, h []byte) error {
+	x := w.c.Exact
+	if x == nil {
+		return nil
+	}
+	bad := func(kind CorruptKind, format string, args ...any) error {
+		return &CorruptError{LSN: lsn, Kind: kind, Reason: fmt.Sprintf(format, args...)}
+	}
+	switch magic, tli := u16(h), Timeline(u32(h[4:])); {
+	case x.Magic != 0 && magic != x.Magic:
+		return bad(CorruptPage, "page magic %04X, expected %04X", magic, x.Magic)
+	case x.History.Timeline != 0 && tli != x.History.At(lsn):
+		return bad(CorruptTimeline, "page of timeline %d, expected %d", tli, x.History.At(lsn))
+	case u16(h[2:])&pageContrecord == 0 && u32(h[16:]) != 0:
+		return bad(CorruptPage, "rest of a record of %d bytes, and no flag that says so", u32(h[16:]))
+	case u32(h[20:]) != 0:
+		return bad(CorruptZeros, "the page header's padding is not zero")
+	}
+	return nil
+}
+
+// started tells whether a record that began is incomplete.
+func (w *Walker) started() bool {
+	return w.phase == inData || w.have > 0
+}
+
 // giveUp forgets the incomplete record: the page at lsn says that it will never be completed. A server that
 // crashed before all of a record was on its disk does so when it starts again, and the page begins with an
 // XLOG_OVERWRITE_CONTRECORD record, whose xl_prev is the last complete one. As in PostgreSQL, the page may
 // also say so when there is none.
 func (w *Walker) giveUp(lsn LSN) {
-	started := w.phase == inData || w.have > 0
+	if w.c.Exact != nil && w.c.Exact.GivenUp != nil && w.started() {
+		w.c.Exact.GivenUp(w.start, lsn)
+	}
 	switch {
 	case w.phase == inTail:
 		w.proven, w.guess = lsn, false
-	case started && lsn > w.c.Settled:
+	case w.started() && lsn > w.c.Settled:
 		w.goesOn = lsn
 		if w.abandoned == 0 {
 			w.abandoned = w.start
@@ -255,7 +339,7 @@ func (w *Walker) followPage(p []byte) (err error) {
 // followWhole takes the records that lie in p as a whole, as most do, at a fraction of the cost of taking
 // them by piece. It stops at whatever needs a closer look, and returns that and what comes after it.
 func (w *Walker) followWhole(p []byte) []byte {
-	if !w.prevKnown || w.guess {
+	if !w.prevKnown || w.guess || w.overwrite {
 		return p
 	}
 	pos, prev := w.pos, w.prev
@@ -276,7 +360,7 @@ func (w *Walker) followWhole(p []byte) []byte {
 		prev, pos = pos, pos+LSN(n)
 	}
 	if pos > w.pos {
-		w.boundary = pos
+		w.boundary, w.last = pos, prev
 	}
 	w.pos, w.prev = pos, prev
 	return p
@@ -316,7 +400,10 @@ func (w *Walker) followHeader(p []byte) ([]byte, error) {
 		return nil, w.badRecord("the record before is said to be at %s, but is at %s", prev, w.prev)
 	case prev >= w.start:
 		return nil, w.badRecord("the record before is said to be at %s", prev)
+	case w.overwrite && (w.record[17] != rmgrXLOG || w.record[16]&rmgrInfoMask != xlogOverwrite):
+		return nil, w.badRecord("the page gives up the record before it, and this is no XLOG_OVERWRITE_CONTRECORD")
 	}
+	w.overwrite = false
 	w.phase, w.crc = inData, 0
 	return w.followData(p)
 }
@@ -334,8 +421,8 @@ func (w *Walker) followData(p []byte) ([]byte, error) {
 	w.left -= uint32(n)
 	if w.left == 0 {
 		end := n + min(len(p)-n, int(-(w.pos+LSN(n))%recordAlign))
-		if w.phase == inData && w.c.CheckCRC && !isPadding(p[n:end]) {
-			return nil, w.badRecord("padding is not zero")
+		if i := nonZero(p[n:end]); i >= 0 && (w.phase == inData && w.c.CheckCRC || w.c.Exact != nil) {
+			return nil, &CorruptError{LSN: w.pos + LSN(n+i), Kind: CorruptZeros, Reason: "padding after a record is not zero"}
 		}
 		n = end
 	}
@@ -362,7 +449,10 @@ func isPadding(p []byte) bool {
 func (w *Walker) endRecord() error {
 	seen := w.phase == inData
 	if seen && w.c.CheckCRC && crc32.Update(w.crc, crc32c, w.record[:recordCRC]) != u32(w.record[recordCRC:]) {
-		return w.badRecord("checksum does not match")
+		return &CorruptError{LSN: w.start, Kind: CorruptChecksum, Reason: "record: checksum does not match"}
+	}
+	if seen {
+		w.last = w.start
 	}
 	w.boundary, w.prev, w.prevKnown = w.pos, w.start, seen
 	w.phase, w.have = inHeader, 0
@@ -392,7 +482,7 @@ func (w *Walker) followUnused(p []byte) ([]byte, error) {
 	n := min(uint64(len(p)), uint64(w.unusedEnd-w.pos))
 	if w.c.CheckCRC {
 		if i := nonZero(p[:n]); i >= 0 {
-			return nil, &CorruptError{LSN: w.pos + LSN(i), Reason: "not zero after a switch of WAL"}
+			return nil, &CorruptError{LSN: w.pos + LSN(i), Kind: CorruptZeros, Reason: "not zero after a switch of WAL"}
 		}
 	}
 	w.pos += LSN(n)
@@ -425,5 +515,5 @@ func nonZero(p []byte) int {
 
 // badRecord is the error for the record being followed.
 func (w *Walker) badRecord(format string, args ...any) error {
-	return &CorruptError{LSN: w.start, Reason: "record: " + fmt.Sprintf(format, args...)}
+	return &CorruptError{LSN: w.start, Kind: CorruptRecord, Reason: "record: " + fmt.Sprintf(format, args...)}
 }
