@@ -181,6 +181,27 @@ func TestCustodyIsTakenFromAPrune(t *testing.T) {
 	release()
 }
 
+// A prune that is under way goes by what is kept no more: other limits end it, other settings do not.
+func TestChangedRetentionEndsAPrune(t *testing.T) {
+	r := New(Config{Name: "blue"}, slog.New(slog.DiscardHandler), nil)
+	ctx, release, err := r.custody.borrow(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	a := *r.settings()
+	a.StatusInterval = time.Minute
+	r.Adjust(a)
+	if ctx.Err() != nil {
+		t.Error("a change of status_interval ends it")
+	}
+	a.KeepSize = 1
+	r.Adjust(a)
+	if ctx.Err() == nil {
+		t.Error("it goes on by the limits of before")
+	}
+}
+
 // Base backups on a disk that does not answer do not hold up a receiver that is to stop.
 func TestRetentionStopsWhereBackupsHang(t *testing.T) {
 	label := filepath.Join(t.TempDir(), "backup_label")

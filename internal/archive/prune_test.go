@@ -571,3 +571,24 @@ func TestAgesCountFromWhenTheArchiveWasWrittenTo(t *testing.T) {
 		}
 	}
 }
+
+// The host's clock was wrong while it wrote some segments, of which the last has no commit: the one before tells.
+func TestAnIdleSegmentDoesNotHideAWrongClock(t *testing.T) {
+	m := row(t)
+	idle := nth(6)
+	g := pgtest.NewWAL(pgtest.WALConfig{SystemID: pruneIdentity.SystemID, Size: pruneSegment, Start: idle.Start, Timeline: 1})
+	g.Append([]byte("no commit"))
+	g.Switch()
+	if err := os.WriteFile(m.dir.pathOf(idle.Name()), g.Bytes(idle.Start, idle.End()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{5, 6} {
+		if err := os.Chtimes(m.dir.pathOf(nth(n).Name()), time.Unix(0, 0), time.Unix(0, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, err := readCatalogue(t, m.dir).PlanPrune(t.Context(), PruneRule{OlderThan: pruneNow.Add(-5*time.Hour - time.Minute)})
+	if err != nil || p.Limit != nth(5).Start {
+		t.Errorf("what is before %s goes, want %s, where a commit is of five hours ago: %v", p.Limit, nth(5).Start, err)
+	}
+}
