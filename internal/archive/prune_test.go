@@ -431,17 +431,21 @@ func TestPruneAndGapAreBothWrittenDown(t *testing.T) {
 		}
 		done <- err
 	}()
-	for n := range 20 {
+	gap := func(n int) {
 		from := pruneBegin + wal.LSN(100+n)*wal.LSN(pruneSegment)
 		if err := m.dir.RecordGap(Gap{1, from, from + wal.LSN(pruneSegment), "removed", pruneNow}); err != nil {
 			t.Fatal(err)
 		}
 	}
+	for n := range 20 {
+		gap(n)
+	}
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+	gap(20) // whichever came last
 	c := readCatalogue(t, m.dir)
-	if len(c.Gaps) != 20 || c.Pruned.LSN != nth(8).Start || c.Sealed()[0] != nth(8) {
+	if len(c.Gaps) != 21 || c.Pruned.LSN != nth(8).Start || c.Sealed()[0] != nth(8) {
 		t.Errorf("%d gaps, pruned before %s, begins with %s", len(c.Gaps), c.Pruned.LSN, c.Sealed()[0])
 	}
 }
