@@ -131,7 +131,7 @@ func sameFile(a, b string) (bool, error) {
 }
 
 // history restores a timeline's history file. One that is missing though there is
-// WAL of the timeline is damage: the server would recover along an older timeline,
+// WAL of the timeline, or a younger one's history names it, is damage: the server would recover along an older timeline,
 // and open where that ends.
 func (r Request) history(ctx context.Context, c archive.Catalogue, tli wal.Timeline) error {
 	r.forgetAhead() // a server asks before the first segment and after the last one
@@ -152,7 +152,7 @@ func (r Request) history(ctx context.Context, c archive.Catalogue, tli wal.Timel
 		if _, err := os.Stat(r.own(r.Name)); !has || err == nil {
 			return none
 		}
-		return fmt.Errorf("the archive %s has WAL of timeline %d, and lost its history: put %s back, from a server's pg_wal or another copy",
+		return fmt.Errorf("the archive %s knows of timeline %d, and lost its history: put %s back, from a server's pg_wal or another copy",
 			r.Archive, tli, r.Name)
 	}
 	if err != nil {

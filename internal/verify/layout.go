@@ -122,7 +122,9 @@ func (l *layout) readHistories() {
 	}
 }
 
-// checkTimelines checks that timelines have histories, and no segment that is older than they are.
+// checkTimelines checks that timelines have histories, and no segment that is older than they are. A timeline can have no WAL of
+// its own and be needed: a server that recovers from an older one to the latest asks for one history after the other, and takes the
+// first that is not there for the end.
 func (l *layout) checkTimelines() {
 	missing := map[wal.Timeline]bool{}
 	for _, p := range l.pieces {
@@ -135,6 +137,20 @@ func (l *layout) checkTimelines() {
 		if ok && len(h.Forks) > 0 && p.End() <= begin(h) {
 			l.fault(Fault{File: p.files[0].File, Kind: Timeline, at: p.Start, end: p.End(),
 				Text: fmt.Sprintf("is of before %s, where timeline %d began", begin(h), p.Timeline)})
+		}
+	}
+	for _, tli := range l.c.Histories {
+		forks := l.histories[tli].Forks
+		for i := 1; i < len(forks); i++ { // the oldest one is timeline 1, which has none
+			f := forks[i]
+			older := slices.ContainsFunc(l.pieces, func(p *piece) bool {
+				return slices.ContainsFunc(forks[:i], func(o wal.Fork) bool { return o.Timeline == p.Timeline })
+			})
+			if older && !missing[f.Timeline] && !slices.Contains(l.c.Histories, f.Timeline) {
+				missing[f.Timeline] = true
+				l.fault(Fault{File: wal.HistoryName(f.Timeline), Kind: History, at: forks[i-1].End,
+					Text: fmt.Sprintf("is not there, and %s names it as an ancestor", wal.HistoryName(tli))})
+			}
 		}
 	}
 }

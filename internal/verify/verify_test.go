@@ -318,6 +318,9 @@ func TestDamage(t *testing.T) {
 			[]string{at(2, 6, "missing", 0)}},
 		{"history missing", func(t *testing.T, dir string, _ source) { remove(t, dir, "00000002.history") },
 			[]string{"history 00000002.history 0/600000"}},
+		{"history of an ancestor without WAL missing", func(t *testing.T, dir string, s source) {
+			put(t, dir, "00000004.history", fmt.Appendf(nil, "1\t%s\n2\t0/900000\n3\t0/900000\n", s.fork))
+		}, []string{"history 00000003.history 0/900000"}},
 		{"history is text", func(t *testing.T, dir string, _ source) { put(t, dir, "00000002.history", []byte("hello")) },
 			[]string{"history 00000002.history "}},
 		{"history with another fork", func(t *testing.T, dir string, s source) {
