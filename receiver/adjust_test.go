@@ -229,6 +229,36 @@ func TestStatusShowsRateAndAge(t *testing.T) {
 	})
 }
 
+// A receiver that its disk holds up cannot say so. It is not to be taken for one that streams and has everything.
+func TestStatusOfAReceiverWhoseDiskHangs(t *testing.T) {
+	bubble(t, func(g *rig) {
+		g.start()
+		g.wantArchived()
+		g.sleep(10 * time.Minute) // an idle server is heard now and then
+		s := g.r.Status()
+		if d, known := s.Behind(time.Now()); d != 0 || !known || !s.TroubleSince.IsZero() || s.Reason != "" {
+			t.Errorf("idle: %s behind (%v), trouble since %s: %s", d, known, s.TroubleSince, s.Reason)
+		}
+
+		goOn := make(chan struct{})
+		g.hang.Store(&goOn)
+		g.sleep(time.Minute)
+		g.append(1, 1000)
+		g.sleep(time.Hour)
+		s = g.r.Status()
+		if d, known := s.Behind(time.Now()); !known || d < time.Hour || time.Since(s.TroubleSince) < time.Hour || !strings.Contains(s.Reason, "does not answer") {
+			t.Errorf("%s, %s behind (%v), trouble since %s: %s", s.State, d, known, s.TroubleSince, s.Reason)
+		}
+		g.hang.Store(nil)
+		close(goOn)
+		g.sleep(time.Minute)
+		g.wantArchived()
+		if s = g.r.Status(); !s.TroubleSince.IsZero() || s.Reason != "" {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 // While WAL keeps coming the archive never has quite all of it; that does not make it older and older.
 func TestAgeWhileWALKeepsComing(t *testing.T) {
 	bubble(t, func(g *rig) {

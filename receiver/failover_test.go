@@ -2,11 +2,11 @@ package receiver
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,7 +17,7 @@ import (
 
 const kb = 1 << 10
 
-var errUnreachable = errors.New("no route to host")
+var errUnreachable error = syscall.EHOSTUNREACH
 
 // wantBytes expects the archive to have what the servers had of a timeline.
 func (g *rig) wantBytes(tli wal.Timeline, from, to wal.LSN) {

@@ -351,6 +351,7 @@ func (s *stream) sendStatus(ask bool) error {
 	if err := s.SendStatus(status); err != nil {
 		return err
 	}
+	s.statuses.Add(1)
 	s.lastSent, s.reported = time.Now(), max(s.reported, status.Flush)
 	return nil
 }
@@ -379,6 +380,12 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
+// place is where WAL comes from.
+type place struct {
+	host     string
+	timeline wal.Timeline
+}
+
 // noteCaughtUp turns catching_up into streaming once the archive has all that
 // the server had.
 func (s *stream) noteCaughtUp() {
@@ -386,6 +393,11 @@ func (s *stream) noteCaughtUp() {
 		return
 	}
 	s.caughtUp = true
+	here := place{s.state.Load().Host, s.writer.Timeline()}
+	if s.streamed != here && s.streamed != (place{}) {
+		s.switchovers.Add(1)
+	}
+	s.streamed = here
 	s.setState(Streaming, "")
 	attrs := []any{"timeline", s.writer.Timeline(), "lsn", s.writer.Pos()}
 	s.log.Log(context.Background(), s.level(slog.LevelInfo), "caught up, streaming", append(attrs, s.outage.attrs()...)...)

@@ -45,30 +45,35 @@ type Receiver struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network
 	free func() (int64, error)                                                // nil: the archive's file system
 
-	adjusted   atomic.Pointer[Adjustable] // never nil
-	waking     sync.Mutex
-	custody    custody
-	retain     chan struct{} // has one when the retention was changed
-	unkept     atomic.Pointer[Warning]
-	receiving  *pgrepl.Stream // guarded by waking: what an Adjust wakes; nil: nothing
-	again      chan struct{}  // has one when a halted cluster is to be looked at
-	state      atomic.Pointer[Status]
-	progress   progressCell
-	monitored  atomic.Pointer[monitored] // nil: the monitor has not looked yet
-	panics     atomic.Int64
-	compressed atomic.Int64
-	backlog    atomic.Int64 // sealed segments that wait to be compressed
-	gaps       atomic.Int64 // that the archive has on record, when last looked at
-	room       atomic.Int64 // free bytes of the archive's file system, plus 1; 0: not known
-	shared     *Shared
-	decisions  chan decision
-	done       chan struct{} // closed when Run has returned
+	adjusted    atomic.Pointer[Adjustable] // never nil
+	waking      sync.Mutex
+	custody     custody
+	retain      chan struct{} // has one when the retention was changed
+	unkept      atomic.Pointer[Warning]
+	receiving   *pgrepl.Stream // guarded by waking: what an Adjust wakes; nil: nothing
+	again       chan struct{}  // has one when a halted cluster is to be looked at
+	state       atomic.Pointer[Status]
+	progress    progressCell
+	monitored   atomic.Pointer[monitored] // nil: the monitor has not looked yet
+	panics      atomic.Int64
+	statuses    atomic.Int64 // status updates sent
+	failures    failureCounts
+	syncs       syncTimer
+	compressed  atomic.Int64
+	backlog     atomic.Int64 // sealed segments that wait to be compressed
+	switchovers atomic.Int64
+	gaps        atomic.Int64 // that the archive has on record, when last looked at
+	room        atomic.Int64 // free bytes of the archive's file system, plus 1; 0: not known
+	shared      *Shared
+	decisions   chan decision
+	done        chan struct{} // closed when Run has returned
 
 	// Owned by Run or RunOnce.
 	now         progress
 	outage      outage
 	pace        pacer // over all sessions
 	scarce      spaceLog
+	streamed    place           // where it streamed last, having caught up
 	mark        wal.LSN         // what the archive had when the session began; beyond it WAL is archived
 	closed      bool            // changed in custody too: there is no more to come
 	dir         *archive.Dir    // changed, and closed, in custody of Run's goroutine alone
@@ -173,7 +178,7 @@ func (r *Receiver) Run(ctx context.Context) (err error) {
 		t := classify(err)
 		var gap *gapError
 		if errors.As(err, &gap) && r.settings().OnGap == GapRecord {
-			t = trouble{Backoff, "gap", 0, ""} // it cannot be recorded yet
+			t.state, t.kind, t.pause, t.hint = Backoff, "gap", 0, "" // it cannot be recorded yet
 		}
 		pause := t.pause
 		switch {
@@ -307,6 +312,9 @@ func (r *Receiver) report(t trouble, err error, pause time.Duration) {
 	news := r.outage.add(t)
 	hint := r.fillIn(t.hint)
 	r.setFailed(t.state, err, hint)
+	if t.pause != atOnce { // which is part of going on
+		r.failures.add(t.class)
+	}
 	level := slog.LevelWarn
 	switch {
 	case !news:

@@ -48,6 +48,7 @@ type rig struct {
 	dial func(ctx context.Context, network, address string) (net.Conn, error) // nil: srv.Dial
 	busy atomic.Bool                                                          // more always waits in the socket
 	room atomic.Int64                                                         // free bytes of the archive's file system; 0: enough
+	hang atomic.Pointer[chan struct{}]                                        // what the file system waits for; nil: nothing
 
 	logTo  io.Writer // nil: logs
 	shared *Shared
@@ -230,7 +231,12 @@ func (g *rig) make() {
 		}
 		return &watched{c, g, r}, nil
 	}
-	r.free = func() (int64, error) { return cmp.Or(g.room.Load(), 1<<40), nil }
+	r.free = func() (int64, error) {
+		if goOn := g.hang.Load(); goOn != nil {
+			<-*goOn
+		}
+		return cmp.Or(g.room.Load(), 1<<40), nil
+	}
 	g.mu.Lock()
 	clear(g.judged)
 	g.mu.Unlock()

@@ -38,6 +38,7 @@ func (r *Receiver) session(ctx context.Context) (since time.Time, err error) {
 		if err != nil {
 			return since, err
 		}
+		r.dir.ObserveSyncs(r.syncs.add)
 		r.startCompressing() // the server may be away for long
 	}
 	r.gaps.Store(int64(len(r.dir.Gaps())))

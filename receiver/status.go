@@ -30,7 +30,8 @@ type Status struct {
 	Hint   string // what a person can do about it; often empty
 	// Since is when the state began. Blocked and Halted go on while their condition is looked at again.
 	Since time.Time
-	// TroubleSince is when WAL stopped being archived: the first of all failures since it was. Zero: it is archived.
+	// TroubleSince is when WAL stopped being archived: the first of all failures since it was, or the last sign of life
+	// of a receiver that its disk holds up. Zero: it is archived.
 	TroubleSince time.Time
 	Repeats      int64 // failures since then that brought nothing new, and were not logged
 
@@ -56,12 +57,17 @@ type Status struct {
 	SegmentsCompressed int64
 	CompressBacklog    int64 // sealed segments that wait to be compressed
 	Reconnects         int64 // connections that WAL came through, without the first
+	Switchovers        int64 // how often streaming went on from another host, or on another timeline
+	StatusUpdates      int64 // standby status updates that were sent
 	Panics             int64 // faults of walfleet's that ended a session
 
 	Gaps        int64  // that the archive has on record
 	DiskFree    int64  // bytes of the archive's file system that are left, when last looked at; -1: not known
 	LastError   string // what ended a session last, whatever came after it; "": nothing did
 	LastErrorAt time.Time
+
+	Failures map[string]int64 // of attempts and connections, by FailureClasses
+	Syncs    SyncTimes        // of the WAL's files
 
 	Slots    []SlotView // of each host of the conninfo, in its order; nil: the monitor has not looked, or is off
 	Warnings []Warning  // dangers that do not end the archiving
@@ -84,7 +90,7 @@ func (s Status) Lag() int64 {
 // nothing is missing, and at most twice as long as it should be while WAL is under
 // way; known is false when the archive has not caught up since the process was started.
 func (s Status) Behind(now time.Time) (d time.Duration, known bool) {
-	if s.State == Streaming && s.ServerEnd <= s.Flushed {
+	if s.State == Streaming && s.ServerEnd <= s.Flushed && s.TroubleSince.IsZero() {
 		return 0, true
 	}
 	if s.CaughtUp.IsZero() {
@@ -101,10 +107,15 @@ func (r *Receiver) Status() Status {
 	s.ReceivedBytes, s.ReceivedAgain = p.received, p.again
 	s.SegmentsSealed, s.Reconnects = p.sealed, max(p.streams-1, 0)
 	s.Panics, s.SegmentsCompressed, s.CompressBacklog = r.panics.Load(), r.compressed.Load(), r.backlog.Load()
+	s.Switchovers, s.StatusUpdates, s.Failures, s.Syncs = r.switchovers.Load(), r.statuses.Load(), r.failures.counts(), r.syncs.times()
 	s.LastData, s.CaughtUp, s.HeldBack = unixTime(p.lastMessage), unixTime(p.caughtUp), unixTime(p.heldBack)
 	s.Gaps, s.DiskFree = r.gaps.Load(), r.room.Load()-1
 	if s.State == Streaming || s.State == CatchingUp {
-		s.Rate = p.rate(time.Now())
+		now := time.Now()
+		s.Rate = p.rate(now)
+		if last := latest(s.Since, s.LastData, s.HeldBack); now.Sub(last) > r.settings().ReceiveTimeout+stuckAfter {
+			s.Reason, s.Hint, s.TroubleSince = reasonStuck, hintDisk, last
+		}
 	}
 	if w := r.monitored.Load(); w != nil {
 		s.Slots, s.Warnings = w.slots, w.warnings
@@ -113,6 +124,21 @@ func (r *Receiver) Status() Status {
 		s.Warnings = append(slices.Clip(s.Warnings), *w)
 	}
 	return s
+}
+
+// stuckAfter is how long a receiver may take to end a session whose server was silent for receive_timeout. One that
+// has not by then waits for something that nothing bounds: its disk.
+const stuckAfter = 10 * time.Second
+
+const reasonStuck = "nothing is written any more: the archive's file system does not answer"
+
+func latest(times ...time.Time) (last time.Time) {
+	for _, t := range times {
+		if t.After(last) {
+			last = t
+		}
+	}
+	return last
 }
 
 // unixTime is the time of a Unix time in ns, of which 0 is none.

@@ -24,6 +24,7 @@ import (
 type trouble struct {
 	state State
 	kind  string        // the same trouble again has the same kind
+	class string        // one of FailureClasses
 	pause time.Duration // until the next attempt; 0 in Backoff: exponential
 	hint  string        // what a person can do
 }
@@ -92,9 +93,13 @@ type panicError struct{ value any }
 
 func (e *panicError) Error() string { return fmt.Sprintf("internal error: panic: %v", e.value) }
 
+// FailureClasses are what failures are counted by: what a person would look at first.
+var FailureClasses = []string{"archive", "authentication", "disk", "internal", "limit", "network", "server", "slot", "tls"}
+
 // A rule is a row of the table of troubles: errors, and what they mean.
 type rule struct {
 	kind  string // names the row and its trouble; where perCode is set, the SQLSTATE does
+	class string // one of FailureClasses
 	match func(error) bool
 	state State
 	pause time.Duration // 0: Backoff's own, blockedRetry, haltedRetry
@@ -116,145 +121,145 @@ const (
 // type, errno and SQLSTATE (PostgreSQL's errcodes.txt), never by their texts.
 var rules = []rule{
 	// What the receiver itself found out.
-	{kind: "aborted record", match: as[*archive.AbortedRecordError], state: Backoff, pause: atOnce},
-	{kind: "gap recorded", match: is(errGapRecorded), state: Backoff, pause: atOnce},
-	{kind: "gap", match: as[*gapError], state: Halted,
+	{kind: "aborted record", class: "archive", match: as[*archive.AbortedRecordError], state: Backoff, pause: atOnce},
+	{kind: "gap recorded", class: "archive", match: is(errGapRecorded), state: Backoff, pause: atOnce},
+	{kind: "gap", class: "archive", match: as[*gapError], state: Halted,
 		hint: "no recovery can pass the missing WAL: run \"walfleet accept-gap {cluster}\" to write the gap down and go on behind it, then take a base backup; or move the cluster's directory away to begin a new archive"},
-	{kind: "stray host", match: as[*strayHostError], state: Backoff, pause: time.Second},
-	{kind: "divergence", match: as[*archive.DivergenceError], state: Halted,
+	{kind: "stray host", class: "server", match: as[*strayHostError], state: Backoff, pause: time.Second},
+	{kind: "divergence", class: "archive", match: as[*archive.DivergenceError], state: Halted,
 		hint: hintPerson + ". If it is, \"walfleet accept-divergence {cluster}\" keeps the archive's bytes aside and goes on with the server's; then take a base backup"},
-	{kind: "history", match: as[*historyError], state: Halted, hint: hintPerson},
-	{kind: "identity", match: as[*archive.IdentityError], state: Halted,
+	{kind: "history", class: "archive", match: as[*historyError], state: Halted, hint: hintPerson},
+	{kind: "identity", class: "archive", match: as[*archive.IdentityError], state: Halted,
 		hint: "another cluster answers at this address: correct the conninfo, or give the new cluster another name"},
-	{kind: "file", match: as[*archive.FileError], state: Halted,
+	{kind: "file", class: "archive", match: as[*archive.FileError], state: Halted,
 		hint: "look at the file that is named; move it out of the directory if it does not belong there"},
-	{kind: "slot", match: as[*slotError], state: Halted},
-	{kind: "unusable", match: as[*pgrepl.UnusableError], state: Halted},
-	{kind: "refused", match: as[*refusedError], state: Backoff},
-	{kind: "superseded", match: is(errSuperseded), state: Backoff},
-	{kind: "locked", match: is(archive.ErrLocked), state: Blocked,
+	{kind: "slot", class: "slot", match: as[*slotError], state: Halted},
+	{kind: "unusable", class: "server", match: as[*pgrepl.UnusableError], state: Halted},
+	{kind: "refused", class: "server", match: as[*refusedError], state: Backoff},
+	{kind: "superseded", class: "server", match: is(errSuperseded), state: Backoff},
+	{kind: "locked", class: "archive", match: is(archive.ErrLocked), state: Blocked,
 		hint: "stop the other walfleet, or give this one another archive_dir"},
-	{kind: "panic", match: as[*panicError], state: Backoff,
+	{kind: "panic", class: "internal", match: as[*panicError], state: Backoff,
 		hint: "report it, with the stack that was logged"},
 
 	// Limits of this process come before all that they make fail.
-	{kind: "descriptors", match: errnos(syscall.EMFILE, syscall.ENFILE), state: Backoff,
+	{kind: "descriptors", class: "limit", match: errnos(syscall.EMFILE, syscall.ENFILE), state: Backoff,
 		hint: "too many files are open: raise LimitNOFILE in walfleet's unit (ulimit -n), or sysctl fs.file-max"},
-	{kind: "password file", match: as[*pgrepl.PasswordFileError], state: Halted,
+	{kind: "password file", class: "authentication", match: as[*pgrepl.PasswordFileError], state: Halted,
 		hint: "password_file must exist and be readable for the user that runs walfleet"},
 
 	// What a server answers, by SQLSTATE.
-	{kind: "no password", match: is(pgrepl.ErrNoPassword), state: Halted,
+	{kind: "no password", class: "authentication", match: is(pgrepl.ErrNoPassword), state: Halted,
 		hint: "the server wants a password: set password_file, or add a line to the passfile (~/.pgpass, mode 0600)"},
-	{kind: "08P01", match: code("08P01"), state: Backoff, hint: hintPooler},
-	{kind: "08", match: class("08"), state: Backoff, hint: hintPooler, perCode: true},
+	{kind: "08P01", class: "server", match: code("08P01"), state: Backoff, hint: hintPooler},
+	{kind: "08", class: "server", match: class("08"), state: Backoff, hint: hintPooler, perCode: true},
 	// READ_REPLICATION_SLOT of a logical slot (ReadReplicationSlot in walsender.c), for one.
-	{kind: "0A", match: class("0A"), state: Halted, hint: "the slot must be a physical one, and the server one that streams WAL: give the cluster another slot", perCode: true},
-	{kind: "22", match: class("22"), state: Halted, hint: "the server does not take a value of the conninfo: look at options and application_name", perCode: true},
-	{kind: pgrepl.CodeInvalidPassword, match: code(pgrepl.CodeInvalidPassword), state: Halted,
+	{kind: "0A", class: "slot", match: class("0A"), state: Halted, hint: "the slot must be a physical one, and the server one that streams WAL: give the cluster another slot", perCode: true},
+	{kind: "22", class: "server", match: class("22"), state: Halted, hint: "the server does not take a value of the conninfo: look at options and application_name", perCode: true},
+	{kind: pgrepl.CodeInvalidPassword, class: "authentication", match: code(pgrepl.CodeInvalidPassword), state: Halted,
 		hint: "check the password in password_file, or in the conninfo's passfile; psql \"CONNINFO\" asks for another"},
-	{kind: pgrepl.CodeInvalidAuth, match: code(pgrepl.CodeInvalidAuth), state: Halted,
+	{kind: pgrepl.CodeInvalidAuth, class: "authentication", match: code(pgrepl.CodeInvalidAuth), state: Halted,
 		hint: "the role must exist and may LOGIN, and pg_hba.conf needs a line such as: host replication {role} ADDRESS scram-sha-256; then SELECT pg_reload_conf()"},
-	{kind: "28", match: class("28"), state: Halted, hint: "the server lets nobody in like this: look at pg_hba.conf", perCode: true},
-	{kind: "3D", match: class("3D"), state: Halted, hint: hintPooler, perCode: true},
-	{kind: pgrepl.CodeInsufficientRight, match: code(pgrepl.CodeInsufficientRight), state: Halted,
+	{kind: "28", class: "authentication", match: class("28"), state: Halted, hint: "the server lets nobody in like this: look at pg_hba.conf", perCode: true},
+	{kind: "3D", class: "server", match: class("3D"), state: Halted, hint: hintPooler, perCode: true},
+	{kind: pgrepl.CodeInsufficientRight, class: "authentication", match: code(pgrepl.CodeInsufficientRight), state: Halted,
 		hint: "grant the right with: ALTER ROLE {role} REPLICATION"},
-	{kind: pgrepl.CodeUndefinedObject, match: code(pgrepl.CodeUndefinedObject), state: Halted,
+	{kind: pgrepl.CodeUndefinedObject, class: "slot", match: code(pgrepl.CodeUndefinedObject), state: Halted,
 		hint: "the slot is gone, or the conninfo's options name a parameter that this server does not have"},
-	{kind: pgrepl.CodeDuplicateObject, match: code(pgrepl.CodeDuplicateObject), state: Backoff}, // somebody else was faster
-	{kind: "42", match: class("42"), state: Halted,
+	{kind: pgrepl.CodeDuplicateObject, class: "slot", match: code(pgrepl.CodeDuplicateObject), state: Backoff}, // somebody else was faster
+	{kind: "42", class: "server", match: class("42"), state: Halted,
 		hint: "this does not answer as a PostgreSQL server does: " + hintPooler, perCode: true},
-	{kind: "53100", match: code("53100"), state: Backoff, hint: "the server's disk is full: make room there"},
-	{kind: "53200", match: code("53200"), state: Backoff, hint: "the server is out of memory: " + hintServer},
-	{kind: pgrepl.CodeTooManyConns, match: code(pgrepl.CodeTooManyConns), state: Backoff, // max_wal_senders too (InitWalSenderSlot)
+	{kind: "53100", class: "server", match: code("53100"), state: Backoff, hint: "the server's disk is full: make room there"},
+	{kind: "53200", class: "server", match: code("53200"), state: Backoff, hint: "the server is out of memory: " + hintServer},
+	{kind: pgrepl.CodeTooManyConns, class: "server", match: code(pgrepl.CodeTooManyConns), state: Backoff, // max_wal_senders too (InitWalSenderSlot)
 		hint: "raise max_wal_senders or max_connections on the server (wal_level = minimal allows no walsender at all)"},
-	{kind: "53400", match: code("53400"), state: Halted, // ReplicationSlotCreate
+	{kind: "53400", class: "slot", match: code("53400"), state: Halted, // ReplicationSlotCreate
 		hint: "all replication slots are in use: drop one with SELECT pg_drop_replication_slot('NAME'), or raise max_replication_slots on the server"},
-	{kind: "53", match: class("53"), state: Backoff, hint: "the server lacks something: " + hintServer, perCode: true},
-	{kind: pgrepl.CodeObjectInUse, match: code(pgrepl.CodeObjectInUse), state: Blocked, // ReplicationSlotAcquire
+	{kind: "53", class: "server", match: class("53"), state: Backoff, hint: "the server lacks something: " + hintServer, perCode: true},
+	{kind: pgrepl.CodeObjectInUse, class: "slot", match: code(pgrepl.CodeObjectInUse), state: Blocked, // ReplicationSlotAcquire
 		hint: "another receiver uses slot {slot}; stop it, or give this cluster a slot of its own"},
-	{kind: pgrepl.CodeNotPrerequisite, match: code(pgrepl.CodeNotPrerequisite), state: Halted,
+	{kind: pgrepl.CodeNotPrerequisite, class: "slot", match: code(pgrepl.CodeNotPrerequisite), state: Halted,
 		hint: "the server needs wal_level = replica (or logical) and max_replication_slots above 0; a slot that was invalidated, or is a logical one, must be dropped: SELECT pg_drop_replication_slot('{slot}')"},
-	{kind: "55P02", match: code("55P02"), state: Halted, hint: "the conninfo's options set what cannot be set by a session"},
-	{kind: "55", match: class("55"), state: Backoff, perCode: true},
-	{kind: "57014", match: code("57014"), state: Backoff, hint: "the server gave up on a command: ALTER ROLE {role} SET statement_timeout = 0"},
-	{kind: "57P01", match: code("57P01"), state: Backoff}, // a shutdown, or pg_terminate_backend
-	{kind: "57P02", match: code("57P02"), state: Backoff, hint: "the server restarts after a crash: " + hintServer},
-	{kind: "57P03", match: code("57P03"), state: Backoff}, // starting up, shutting down, or in recovery
-	{kind: "57P04", match: code("57P04"), state: Backoff},
-	{kind: "57P05", match: code("57P05"), state: Backoff, hint: "the server ends idle sessions: ALTER ROLE {role} SET idle_session_timeout = 0"},
-	{kind: "57", match: class("57"), state: Backoff, perCode: true},
-	{kind: "58030", match: code("58030"), state: Backoff, hint: "the server cannot read or write its disk: " + hintServer},
-	{kind: pgrepl.CodeUndefinedFile, match: code(pgrepl.CodeUndefinedFile), state: Backoff, // WAL that is gone is a gap, above
+	{kind: "55P02", class: "server", match: code("55P02"), state: Halted, hint: "the conninfo's options set what cannot be set by a session"},
+	{kind: "55", class: "server", match: class("55"), state: Backoff, perCode: true},
+	{kind: "57014", class: "server", match: code("57014"), state: Backoff, hint: "the server gave up on a command: ALTER ROLE {role} SET statement_timeout = 0"},
+	{kind: "57P01", class: "server", match: code("57P01"), state: Backoff}, // a shutdown, or pg_terminate_backend
+	{kind: "57P02", class: "server", match: code("57P02"), state: Backoff, hint: "the server restarts after a crash: " + hintServer},
+	{kind: "57P03", class: "server", match: code("57P03"), state: Backoff}, // starting up, shutting down, or in recovery
+	{kind: "57P04", class: "server", match: code("57P04"), state: Backoff},
+	{kind: "57P05", class: "server", match: code("57P05"), state: Backoff, hint: "the server ends idle sessions: ALTER ROLE {role} SET idle_session_timeout = 0"},
+	{kind: "57", class: "server", match: class("57"), state: Backoff, perCode: true},
+	{kind: "58030", class: "server", match: code("58030"), state: Backoff, hint: "the server cannot read or write its disk: " + hintServer},
+	{kind: pgrepl.CodeUndefinedFile, class: "server", match: code(pgrepl.CodeUndefinedFile), state: Backoff, // WAL that is gone is a gap, above
 		hint: "the server lacks a file; right after a promotion it may come: " + hintServer},
-	{kind: "58", match: class("58"), state: Backoff, hint: hintServer, perCode: true},
-	{kind: "F0", match: class("F0"), state: Backoff, hint: "the server's configuration files have a mistake: " + hintServer, perCode: true},
-	{kind: "XX001", match: code("XX001"), state: Backoff, hint: "the server says that its data is damaged: " + hintServer},
-	{kind: "XX", match: class("XX"), state: Backoff, hint: hintServer, perCode: true},
-	{kind: "SQLSTATE", match: as[*pgrepl.ServerError], state: Backoff, perCode: true},
+	{kind: "58", class: "server", match: class("58"), state: Backoff, hint: hintServer, perCode: true},
+	{kind: "F0", class: "server", match: class("F0"), state: Backoff, hint: "the server's configuration files have a mistake: " + hintServer, perCode: true},
+	{kind: "XX001", class: "server", match: code("XX001"), state: Backoff, hint: "the server says that its data is damaged: " + hintServer},
+	{kind: "XX", class: "server", match: class("XX"), state: Backoff, hint: hintServer, perCode: true},
+	{kind: "SQLSTATE", class: "server", match: as[*pgrepl.ServerError], state: Backoff, perCode: true},
 
 	// TLS. A server that takes its plain connections back is as unfit as one with a wrong certificate.
-	{kind: "no TLS", match: is(pgrepl.ErrNoTLS), state: Halted,
+	{kind: "no TLS", class: "tls", match: is(pgrepl.ErrNoTLS), state: Halted,
 		hint: "set ssl = on and a certificate on the server, or another sslmode in the conninfo"},
-	{kind: "unknown authority", match: as[x509.UnknownAuthorityError], state: Halted,
+	{kind: "unknown authority", class: "tls", match: as[x509.UnknownAuthorityError], state: Halted,
 		hint: "sslrootcert in the conninfo must hold the certificate of the authority that signed the server's (sslrootcert=system: that of the operating system)"},
-	{kind: "expired certificate", match: invalidCertificate(x509.Expired), state: Halted,
+	{kind: "expired certificate", class: "tls", match: invalidCertificate(x509.Expired), state: Halted,
 		hint: "renew the certificate that is named, and look at the clock here: timedatectl"},
-	{kind: "host name", match: as[x509.HostnameError], state: Halted,
+	{kind: "host name", class: "tls", match: as[x509.HostnameError], state: Halted,
 		hint: "the server's certificate is for another name: use that in the conninfo (with hostaddr for the address), or give the server a certificate for this one"},
-	{kind: "revoked certificate", match: as[*pgrepl.RevokedError], state: Halted, hint: "give the server a new certificate"},
-	{kind: "certificate", match: either(as[x509.CertificateInvalidError], as[*tls.CertificateVerificationError]), state: Halted,
+	{kind: "revoked certificate", class: "tls", match: as[*pgrepl.RevokedError], state: Halted, hint: "give the server a new certificate"},
+	{kind: "certificate", class: "tls", match: either(as[x509.CertificateInvalidError], as[*tls.CertificateVerificationError]), state: Halted,
 		hint: "the server's certificate, or one that signed it, is not fit for this: openssl x509 -text shows it"},
-	{kind: "no TLS answer", match: as[tls.RecordHeaderError], state: Backoff,
+	{kind: "no TLS answer", class: "tls", match: as[tls.RecordHeaderError], state: Backoff,
 		hint: "what answers does not speak TLS: look at the port in the conninfo"},
 	// An alert: the server does not take our certificate, or there is no version in common.
-	{kind: "TLS alert", match: remoteAlert, state: Halted,
+	{kind: "TLS alert", class: "tls", match: remoteAlert, state: Halted,
 		hint: "the server ended the TLS handshake: look at sslcert, sslkey and ssl_min_protocol_version in the conninfo, and at the server's log"},
 
 	// The network.
-	{kind: "no such host", match: dns(func(e *net.DNSError) bool { return e.IsNotFound }), state: Backoff,
+	{kind: "no such host", class: "network", match: dns(func(e *net.DNSError) bool { return e.IsNotFound }), state: Backoff,
 		hint: "look at the host in the conninfo: getent hosts NAME"},
-	{kind: "name server", match: as[*net.DNSError], state: Backoff,
+	{kind: "name server", class: "network", match: as[*net.DNSError], state: Backoff,
 		hint: "the name servers do not answer: see /etc/resolv.conf"},
-	{kind: "connection refused", match: errnos(syscall.ECONNREFUSED), state: Backoff,
+	{kind: "connection refused", class: "network", match: errnos(syscall.ECONNREFUSED), state: Backoff,
 		hint: "nothing listens there: is the server running, and are port and listen_addresses right?"},
-	{kind: "no socket", match: onNetwork(syscall.ENOENT), state: Backoff,
+	{kind: "no socket", class: "network", match: onNetwork(syscall.ENOENT), state: Backoff,
 		hint: "there is no such unix socket: is the server running, and are host (its unix_socket_directories) and port right?"},
-	{kind: "network permission", match: onNetwork(syscall.EACCES, syscall.EPERM), state: Backoff,
+	{kind: "network permission", class: "network", match: onNetwork(syscall.EACCES, syscall.EPERM), state: Backoff,
 		hint: "the system does not allow the connection: a firewall here, or the unix socket's permissions"},
-	{kind: "unreachable", match: errnos(syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN), state: Backoff,
+	{kind: "unreachable", class: "network", match: errnos(syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENETDOWN), state: Backoff,
 		hint: "there is no way to the server: ip route get ADDRESS"},
-	{kind: "no local address", match: errnos(syscall.EADDRNOTAVAIL), state: Backoff,
+	{kind: "no local address", class: "network", match: errnos(syscall.EADDRNOTAVAIL), state: Backoff,
 		hint: "there is no address or port to connect from: is IPv6 off, or sysctl net.ipv4.ip_local_port_range used up?"},
-	{kind: "silent", match: is(errSilent), state: Backoff,
+	{kind: "silent", class: "network", match: is(errSilent), state: Backoff,
 		hint: "the server, or something between, has stopped: compare receive_timeout with the server's wal_sender_timeout"},
-	{kind: "timeout", match: either(errnos(syscall.ETIMEDOUT), timedOut), state: Backoff,
+	{kind: "timeout", class: "network", match: either(errnos(syscall.ETIMEDOUT), timedOut), state: Backoff,
 		hint: "no answer: a firewall that drops packets, or a server that hangs"},
-	{kind: "connection lost", match: either(errnos(syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE), is(io.EOF), is(io.ErrUnexpectedEOF), is(net.ErrClosed)),
+	{kind: "connection lost", class: "network", match: either(errnos(syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE), is(io.EOF), is(io.ErrUnexpectedEOF), is(net.ErrClosed)),
 		state: Backoff, hint: "the server, or something between, ended the connection: " + hintServer},
-	{kind: "shutdown", match: is(pgrepl.ErrShutdown), state: Backoff},
-	{kind: "protocol", match: as[*pgrepl.ProtocolError], state: Backoff,
+	{kind: "shutdown", class: "server", match: is(pgrepl.ErrShutdown), state: Backoff},
+	{kind: "protocol", class: "server", match: as[*pgrepl.ProtocolError], state: Backoff,
 		hint: "no PostgreSQL server sends this: is there something between?"},
-	{kind: "corrupt WAL", match: as[*wal.CorruptError], state: Backoff, hint: "the server's WAL does not hold together: " + hintServer},
+	{kind: "corrupt WAL", class: "server", match: as[*wal.CorruptError], state: Backoff, hint: "the server's WAL does not hold together: " + hintServer},
 
 	// The archive's file system.
-	{kind: "disk full", match: errnos(syscall.ENOSPC, syscall.EDQUOT), state: Blocked,
+	{kind: "disk full", class: "disk", match: errnos(syscall.ENOSPC, syscall.EDQUOT), state: Blocked,
 		hint: "make room in archive_dir; nothing that was acknowledged is lost, and archiving goes on by itself"},
-	{kind: "file size", match: errnos(syscall.EFBIG), state: Blocked,
+	{kind: "file size", class: "limit", match: errnos(syscall.EFBIG), state: Blocked,
 		hint: "files may not get as large as a segment: raise LimitFSIZE in walfleet's unit (ulimit -f)"},
-	{kind: "read-only", match: errnos(syscall.EROFS), state: Blocked,
+	{kind: "read-only", class: "disk", match: errnos(syscall.EROFS), state: Blocked,
 		hint: "archive_dir is read-only: mount -o remount,rw it if that was meant, else see the kernel's log (dmesg); in a unit, ReadWritePaths must name it"},
-	{kind: "permission", match: errnos(syscall.EACCES, syscall.EPERM), state: Blocked,
+	{kind: "permission", class: "disk", match: errnos(syscall.EACCES, syscall.EPERM), state: Blocked,
 		hint: "the file or directory named must be accessible for the user that runs walfleet"},
-	{kind: "disk error", match: either(errnos(syscall.EIO, syscall.ENXIO, syscall.ENODEV), damaged), state: Backoff, hint: hintDisk},
-	{kind: "stale mount", match: errnos(syscall.ESTALE, syscall.ENOTCONN), state: Blocked, hint: "archive_dir's file server forgot it: mount it again"},
-	{kind: "no locks", match: errnos(syscall.ENOLCK), state: Blocked, hint: "archive_dir's file system has no locks to give: over NFS, lockd must run"},
-	{kind: "path", match: errnos(syscall.ENAMETOOLONG, syscall.ENOTDIR, syscall.EISDIR, syscall.ELOOP), state: Halted, hint: hintPath},
-	{kind: "name taken", match: errnos(syscall.EEXIST), state: Backoff, hint: "a file has appeared that walfleet did not write; does somebody else write into the directory?"},
-	{kind: "missing", match: errnos(syscall.ENOENT), state: Backoff, hint: "a file or directory of the archive was taken away: is archive_dir mounted?"},
-	{kind: "memory", match: errnos(syscall.ENOMEM), state: Backoff, hint: "this machine is out of memory, or a limit of walfleet's unit is reached: MemoryMax"},
+	{kind: "disk error", class: "disk", match: either(errnos(syscall.EIO, syscall.ENXIO, syscall.ENODEV), damaged), state: Backoff, hint: hintDisk},
+	{kind: "stale mount", class: "disk", match: errnos(syscall.ESTALE, syscall.ENOTCONN), state: Blocked, hint: "archive_dir's file server forgot it: mount it again"},
+	{kind: "no locks", class: "disk", match: errnos(syscall.ENOLCK), state: Blocked, hint: "archive_dir's file system has no locks to give: over NFS, lockd must run"},
+	{kind: "path", class: "disk", match: errnos(syscall.ENAMETOOLONG, syscall.ENOTDIR, syscall.EISDIR, syscall.ELOOP), state: Halted, hint: hintPath},
+	{kind: "name taken", class: "disk", match: errnos(syscall.EEXIST), state: Backoff, hint: "a file has appeared that walfleet did not write; does somebody else write into the directory?"},
+	{kind: "missing", class: "disk", match: errnos(syscall.ENOENT), state: Backoff, hint: "a file or directory of the archive was taken away: is archive_dir mounted?"},
+	{kind: "memory", class: "limit", match: errnos(syscall.ENOMEM), state: Backoff, hint: "this machine is out of memory, or a limit of walfleet's unit is reached: MemoryMax"},
 
-	{kind: "other", match: func(error) bool { return true }, state: Backoff},
+	{kind: "other", class: "internal", match: func(error) bool { return true }, state: Backoff},
 }
 
 // classify says what to do about an error that ended a session.
@@ -264,7 +269,7 @@ func classify(err error) trouble {
 		return classifyHosts(hosts)
 	}
 	r := ruleFor(err)
-	t := trouble{state: r.state, kind: r.kind, pause: r.pause, hint: r.hint}
+	t := trouble{state: r.state, kind: r.kind, class: r.class, pause: r.pause, hint: r.hint}
 	if r.perCode {
 		t.kind = pgrepl.Code(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -197,6 +198,9 @@ func TestEveryRowOfTheTableOfTroubles(t *testing.T) {
 				pause = atOnce
 			case "stray host":
 				pause = time.Second
+			}
+			if !slices.Contains(FailureClasses, got.class) {
+				t.Errorf("%v is of class %q, which there is not", err, got.class)
 			}
 			if got.state != w.state || got.pause != pause || got.hint != r.hint {
 				t.Errorf("%v: %+v, want %s and a pause of %s", err, got, w.state, pause)

@@ -169,7 +169,7 @@ func (c *Catalogue) list(ctx context.Context, d *Dir, all []string) error {
 			c.Histories = append(c.Histories, tli)
 		case ext == abortedSuffix || ext == divergedSuffix:
 			c.Aside = append(c.Aside, name)
-		case segment || name == metaName || name == lockName || isTemporary(name) || name == "lost+found":
+		case segment || name == metaName || name == lockName || slices.Contains(records, name) || isTemporary(name) || name == "lost+found":
 		case segmentName(name) && ext == ".backup": // a base backup's, which PostgreSQL archives beside the WAL
 		default:
 			c.Unknown = append(c.Unknown, name)

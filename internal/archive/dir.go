@@ -84,6 +84,8 @@ type Dir struct {
 	// plain one from a listing, which could miss both.
 	names    sync.Mutex
 	changing sync.Mutex // held while archive.json is rewritten
+	// observe is told how long each sync of WAL took; nil: nobody is.
+	observe func(time.Duration)
 	// distrusted are names of partial files that a sync failed for. A second sync
 	// would return nil all the same, so they are replaced before they are used.
 	distrusted map[string]bool
@@ -182,6 +184,20 @@ func (d *Dir) Path() string { return d.path }
 // the group.
 func (d *Dir) SetGroupReadable(group bool) { d.group.Store(group) }
 
+// ObserveSyncs has f told how long each sync of WAL takes from now on, whether it succeeds
+// or not. f is called by the goroutine that flushes, one call at a time.
+func (d *Dir) ObserveSyncs(f func(time.Duration)) { d.observe = f }
+
+// timed syncs WAL, and tells how long that took.
+func (d *Dir) timed(sync func() error) error {
+	began := time.Now()
+	err := sync()
+	if d.observe != nil {
+		d.observe(time.Since(began))
+	}
+	return err
+}
+
 func (d *Dir) fileMode() fs.FileMode {
 	if d.group.Load() {
 		return 0o640
@@ -218,7 +234,7 @@ func (d *Dir) mend() error {
 func isTemporary(name string) bool {
 	base, ok := strings.CutSuffix(name, tempSuffix)
 	_, history := wal.ParseHistoryName(base)
-	return ok && (base == metaName || history == nil || segmentName(base) && slices.Contains(tempOf, path.Ext(base)))
+	return ok && (base == metaName || slices.Contains(records, base) || history == nil || segmentName(base) && slices.Contains(tempOf, path.Ext(base)))
 }
 
 // tempOf are the suffixes of segments' files that are written under a temporary

@@ -30,6 +30,7 @@ type Holdings struct {
 	Partial  []PartialSegment // in progress, or left by a change of timeline; oldest first
 	Aside    int              // files that are kept aside, *.aborted and *.diverged
 	Timeline wal.Timeline     // the highest that a segment, complete or not, or a history is of
+	Oldest   time.Time        // when the first complete segment was written to last
 	Modified time.Time        // the latest modification of a segment, complete or not
 
 	Free  int64 // bytes of the file system that this user may still use
@@ -96,7 +97,7 @@ func Peek(ctx context.Context, path string) (Holdings, error) {
 		}
 		h.Segments++
 		if h.First.Size == 0 {
-			h.First = f.Segment
+			h.First, h.Oldest = f.Segment, f.Modified
 		}
 		if cmp.Or(cmp.Compare(f.Timeline, h.Last.Timeline), cmp.Compare(f.Start, h.Last.Start)) > 0 {
 			h.Last = f.Segment

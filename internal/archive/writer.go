@@ -591,7 +591,7 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		if !s.dirty {
 			continue
 		}
-		if err := s.file.SyncData(); err != nil {
+		if err := w.dir.timed(s.file.SyncData); err != nil {
 			w.dir.distrust(s.Name() + partialSuffix)
 			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
 		}
@@ -654,14 +654,14 @@ func (w *Writer) Prepare() {
 
 // seal gives a full segment its final name.
 func (w *Writer) seal(s *segment) error {
-	if err := s.file.Sync(); err != nil {
+	if err := w.dir.timed(s.file.Sync); err != nil {
 		w.dir.distrust(s.Name() + partialSuffix)
 		return err
 	}
 	if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {
 		return err
 	}
-	if err := w.dir.disk.Sync(); err != nil {
+	if err := w.dir.timed(w.dir.disk.Sync); err != nil {
 		return err
 	}
 	return s.file.Close()
