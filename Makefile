@@ -12,7 +12,7 @@ torture_tests = TestKilledAtAnyMoment|TestPowerLoss|TestPageCacheThatLies|TestAc
 # 10,000 crash points, each of one goroutine: the race detector would find nothing in them, and take five times as long.
 crash_points = go test -count=1 -timeout 30m -run '^TestNothingIs' ./internal/archive
 
-.PHONY: help build package test test-unit torture lint bench demo images clean compiler tracer postgresql
+.PHONY: help build package test test-unit torture lint bench demo images screenshots clean compiler tracer browser promtool postgresql
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,11 +23,11 @@ build: ## bin/walfleet
 package: ## the deb and the rpm, in dist/ (GOARCH=arm64 for another processor)
 	scripts/package.sh dist
 
-test: compiler tracer images ## every test, those against real servers in containers included
+test: compiler tracer browser promtool images ## every test, those against real servers in containers included
 	$(integration_env) WALFLEET_CRASH_POINTS=1000 go test -race -count=1 -timeout 75m -p 2 -parallel 6 ./...
 	$(crash_points)
 
-test-unit: compiler ## the tests that need no containers
+test-unit: compiler promtool ## the tests that need no containers
 	CGO_ENABLED=1 WALFLEET_CRASH_POINTS=1000 go test -race -count=1 $$(go list ./... | grep -v '/integration\b')
 	$(crash_points)
 
@@ -51,6 +51,9 @@ demo: build ## two throwaway primaries, and the daemon that archives them
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || scripts/images.sh 17
 	bin/walfleet demo
 
+screenshots: compiler browser images ## docs/screenshots, of the console in a browser: twenty minutes
+	$(integration_env) WALFLEET_SCREENSHOTS=14m go test -count=1 -v -timeout 40m -run '^TestScreenshots$$' ./integration
+
 images: ## the images of PostgreSQL that the tests use
 	scripts/images.sh
 
@@ -66,6 +69,17 @@ compiler: # the race detector needs cgo
 tracer: # without these, the tests that need them say that they tested nothing
 	@{ command -v strace && command -v mkfs.ext4; } >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends strace e2fsprogs; }
+
+browser: # as tracer; the font has Chinese
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-wqy-microhei fonts-dejavu-core; }
+
+promtool: # the one program that the tests of deploy/ need of Debian's package, which would start a server, too
+	@command -v promtool >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+		dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cd "$$dir" && \
+		apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root prometheus && \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && \
+		install usr/bin/promtool /usr/local/bin/promtool; }
 
 postgresql: # programs of a server for bench, which says what is missing elsewhere; Debian's packages would start a server, too
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \

@@ -63,7 +63,7 @@ func (b *bench) archivers(ctx context.Context, c contender, dir string, sources 
 
 // configuration is a walfleet.toml with defaults, and lines for each cluster.
 func configuration(dir string, sources []source, lines ...string) []byte {
-	return append(fmt.Appendf(nil, "archive_dir = %q\n", dir), clusters(sources, lines...)...)
+	return append(fmt.Appendf(nil, "archive_dir = %q\nhttp.listen = \"127.0.0.1:0\"\n", dir), clusters(sources, lines...)...)
 }
 
 // clusters are the sources in a walfleet.toml.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"unicode"
 
 	"github.com/BurntSushi/toml"
+	"golang.org/x/crypto/bcrypt"
 
 	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgrepl"
@@ -27,6 +29,7 @@ type Config struct {
 	RuntimeDir      string        // absolute; where the control socket is
 	ShutdownTimeout time.Duration // longest time that all clusters together take to stop
 	Log             LogConfig
+	HTTP            HTTPConfig
 	Clusters        []receiver.Config // at least one, in the file's order
 }
 
@@ -36,9 +39,19 @@ type LogConfig struct {
 	Format string // text or json
 }
 
+// HTTPConfig says where metrics and the status page are served, and to whom.
+type HTTPConfig struct {
+	Listen       string // HOST:PORT; "": nowhere
+	Certificate  string // PEM file, with those of authorities in between; "": no TLS
+	Key          string // PEM file
+	User         string // "": everyone who reaches it
+	PasswordHash string // of User's password, by bcrypt; never shown
+}
+
 func defaultConfig() Config {
 	return Config{
 		ShutdownTimeout: 30 * time.Second,
+		HTTP:            HTTPConfig{Listen: "127.0.0.1:9851"},
 		Log:             LogConfig{Level: "info", Format: "text"},
 	}
 }
@@ -176,6 +189,14 @@ var logSettings = []setting[LogConfig]{
 	{"format", oneOf(func(c *LogConfig) *string { return &c.Format }, "text", "json")},
 }
 
+var httpSettings = []setting[HTTPConfig]{
+	{"listen", text(func(c *HTTPConfig) *string { return &c.Listen }, checkListen)},
+	{"tls_certificate", text(func(c *HTTPConfig) *string { return &c.Certificate }, checkAbsolute)},
+	{"tls_key", text(func(c *HTTPConfig) *string { return &c.Key }, checkAbsolute)},
+	{"user", text(func(c *HTTPConfig) *string { return &c.User }, checkUser)},
+	{"password_hash", text(func(c *HTTPConfig) *string { return &c.PasswordHash }, checkPasswordHash)},
+}
+
 // defaultSettings are the keys of [defaults]; each [[cluster]] has them too.
 var defaultSettings = []setting[receiver.Config]{
 	{"slot", text(func(c *receiver.Config) *string { return &c.Slot }, checkSlot)},
@@ -217,13 +238,14 @@ type section struct {
 }
 
 var (
-	topSection       = section{"the top of the file", append(keys(topSettings), "log", "defaults", retentionKey, "cluster")}
+	topSection       = section{"the top of the file", append(keys(topSettings), "log", "http", "defaults", retentionKey, "cluster")}
 	logSection       = section{"[log]", keys(logSettings)}
+	httpSection      = section{"[http]", keys(httpSettings)}
 	defaultsSection  = section{"[defaults]", keys(defaultSettings)}
 	retentionSection = section{"[retention]", keys(retentionSettings)}
 	clusterSection   = section{"[[cluster]]", append(keys(clusterSettings), retentionKey)}
 
-	sections = []section{topSection, logSection, defaultsSection, retentionSection, clusterSection}
+	sections = []section{topSection, logSection, httpSection, defaultsSection, retentionSection, clusterSection}
 )
 
 func keys[T any](settings []setting[T]) []string {
@@ -486,6 +508,53 @@ func checkAbsolute(s string) error {
 	return nil
 }
 
+// checkListen allows nothing (to listen nowhere) or HOST:PORT.
+func checkListen(s string) error {
+	if s == "" {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(s)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		return fmt.Errorf(`%s is not HOST:PORT; write it as "127.0.0.1:9851", "[::1]:9851", ":9851" for all addresses, or "" to listen nowhere`, show(s))
+	}
+	return nil
+}
+
+// checkUser refuses what HTTP's basic authentication cannot carry (RFC 7617). It does not show
+// the value: it may be a whole line of htpasswd's.
+func checkUser(s string) error {
+	if len(s) > nameLimit || strings.ContainsFunc(s, func(r rune) bool { return r == ':' || unicode.IsControl(r) }) {
+		return fmt.Errorf("must be a name alone, of at most %d bytes and without colons and control characters", nameLimit)
+	}
+	return nil
+}
+
+// maxHashCost bounds what finding out whether a password is right may cost: about a second.
+const maxHashCost = 14
+
+// checkPasswordHash does not show the value.
+func checkPasswordHash(s string) error {
+	if s == "" {
+		return nil
+	}
+	cost, err := bcrypt.Cost([]byte(s))
+	if err != nil || !slices.Contains([]string{"$2a$", "$2b$", "$2y$"}, s[:4]) || len(s) != 60 || !only(s[7:], isHashByte) {
+		return errors.New(`is not a bcrypt hash (not shown here); take what "htpasswd -nB USER" prints after the colon`)
+	}
+	if cost > maxHashCost {
+		return fmt.Errorf("each password would take too long to compare with a hash of cost %d; at most %d is allowed", cost, maxHashCost)
+	}
+	return nil
+}
+
+// isHashByte tells the digits of bcrypt's base 64.
+func isHashByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '.' || c == '/'
+}
+
 // checkPasswordFile does not show the value: it may be the password itself.
 func checkPasswordFile(s string) error {
 	if s != "" && !filepath.IsAbs(s) {
@@ -549,7 +618,7 @@ func (p *parser) err() error {
 func (p *parser) config(root map[string]any) *Config {
 	cfg := defaultConfig()
 	top := maps.Clone(root)
-	for _, key := range []string{"log", "defaults", retentionKey, "cluster"} {
+	for _, key := range []string{"log", "http", "defaults", retentionKey, "cluster"} {
 		delete(top, key)
 	}
 	apply(p, place{}, "", top, topSection, topSettings, &cfg)
@@ -557,6 +626,11 @@ func (p *parser) config(root map[string]any) *Config {
 
 	if t, ok := p.table(root, "log"); ok {
 		apply(p, place{table: "log"}, "[log]", t, logSection, logSettings, &cfg.Log)
+	}
+	if t, ok := p.table(root, "http"); ok {
+		apply(p, place{table: "http"}, "[http]", t, httpSection, httpSettings, &cfg.HTTP)
+		p.pair(t, "tls_certificate", "tls_key")
+		p.pair(t, "user", "password_hash")
 	}
 	defaults := defaultCluster()
 	if t, ok := p.table(root, "defaults"); ok {
@@ -589,6 +663,17 @@ func (p *parser) archiveDir(root map[string]any, cfg *Config) {
 	}
 	cfg.ArchiveDir = filepath.Clean(dir)
 	cfg.RuntimeDir = filepath.Clean(cmp.Or(cfg.RuntimeDir, cfg.ArchiveDir))
+}
+
+// pair reports that of two keys of [http] that make sense together one alone is given.
+func (p *parser) pair(http map[string]any, a, b string) {
+	given := func(key string) bool { value, ok := http[key]; return ok && value != "" }
+	switch {
+	case given(a) && !given(b):
+		p.report(p.lines.find(place{table: "http", key: a}), "[http]", "%s needs %s with it", a, b)
+	case given(b) && !given(a):
+		p.report(p.lines.find(place{table: "http", key: b}), "[http]", "%s needs %s with it", b, a)
+	}
 }
 
 // table is the section that stands once in the file, if it is there.

@@ -69,6 +69,7 @@ conninfo = "postgresql://db2/"
 	want := &Config{
 		ArchiveDir: "/archive", RuntimeDir: "/archive", ShutdownTimeout: 30 * time.Second,
 		Log:      LogConfig{Level: "info", Format: "text"},
+		HTTP:     HTTPConfig{Listen: "127.0.0.1:9851"},
 		Clusters: []receiver.Config{a, b},
 	}
 	if !reflect.DeepEqual(got, want) {
@@ -85,6 +86,7 @@ archive_dir = "/archive"
 runtime_dir = "/run/walfleet/"
 shutdown_timeout = "1m"
 log = { level = "debug", format = "json" }
+http = { listen = "" }
 
 [[cluster]]
 name = "own"
@@ -157,6 +159,26 @@ password_file = "/run/secrets/pw"
 	}
 }
 
+func TestParseHTTP(t *testing.T) {
+	withoutLibpqEnv(t)
+	got := parse(t, fine+`
+[http]
+listen = ":0"
+tls_certificate = "/c.pem"
+tls_key = "/k.pem"
+user = "prometheus"
+password_hash = "`+hashOfSecret+`"
+`).HTTP
+	if want := (HTTPConfig{":0", "/c.pem", "/k.pem", "prometheus", hashOfSecret}); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	for _, listen := range []string{"", "localhost:80", "[::1]:9851", "[::]:65535", "console.example.com:9851"} {
+		if got := parse(t, fmt.Sprintf("%s[http]\nlisten = %q\n", fine, listen)).HTTP.Listen; got != listen {
+			t.Errorf("listen = %q is %q", listen, got)
+		}
+	}
+}
+
 func TestParseAcceptsInlineClusters(t *testing.T) {
 	withoutLibpqEnv(t)
 	got := parse(t, `
@@ -168,6 +190,9 @@ cluster = [ { name = "a", conninfo = "host=db1" }, { name = "b", conninfo = "hos
 		t.Errorf("got %+v", got)
 	}
 }
+
+// hashOfSecret is what "htpasswd -nbB -C 5 USER secret" prints after the colon.
+const hashOfSecret = "$2y$05$n9aJ/lOVDNAm76Eu9EVMe.bbmvyH3aQZYRS8nvN4erzpryIfdbcqC"
 
 // fine is a valid file. Its line 1 is free for a key at the top, and what is
 // appended from line 6 on belongs to the cluster.
@@ -227,6 +252,34 @@ func TestParseErrors(t *testing.T) {
 :6: cluster "a": unknown key tls; known in [[cluster]]: name, conninfo, slot, create_slot, synchronous, status_interval, receive_timeout, flush_interval, source, on_gap, compress, min_free, max_rate, monitor, monitor_interval, max_slot_retained, application_name, password_file, retention`},
 		{"unknown key in log", cluster("[log]\nfile = 'x'"), `
 :7: [log]: unknown key file; known in [log]: level, format`},
+
+		// [http].
+		{"listen", cluster("[http]\nlisten = '9851'"), `
+:7: [http]: listen: "9851" is not HOST:PORT; write it as "127.0.0.1:9851", "[::1]:9851", ":9851" for all addresses, or "" to listen nowhere`},
+		{"port too high", cluster("[http]\nlisten = ':65536'"), `
+:7: [http]: listen: ":65536" is not HOST:PORT; write it as "127.0.0.1:9851", "[::1]:9851", ":9851" for all addresses, or "" to listen nowhere`},
+		{"certificate without a key", cluster("[http]\ntls_certificate = '/c'"), `
+:7: [http]: tls_certificate needs tls_key with it`},
+		{"key without a certificate", cluster("[http]\ntls_certificate = ''\ntls_key = '/k'"), `
+:8: [http]: tls_key needs tls_certificate with it`},
+		{"certificate relative", cluster("[http]\ntls_certificate = 'c'\ntls_key = '/k'"), `
+:7: [http]: tls_certificate: "c" is not an absolute path`},
+		{"user without a hash", cluster("[http]\nuser = 'u'"), `
+:7: [http]: user needs password_hash with it`},
+		{"hash without a user", cluster("[http]\npassword_hash = '" + hashOfSecret + "'"), `
+:7: [http]: password_hash needs user with it`},
+		{"user is a line of htpasswd", cluster("[http]\nuser = 'u:" + hashOfSecret + "'\npassword_hash = '" + hashOfSecret + "'"), `
+:7: [http]: user: must be a name alone, of at most 63 bytes and without colons and control characters`},
+		{"hash is a password", cluster("[http]\nuser = 'u'\npassword_hash = 'hunter2'"), `
+:8: [http]: password_hash: is not a bcrypt hash (not shown here); take what "htpasswd -nB USER" prints after the colon`},
+		{"hash of an unknown kind", cluster("[http]\nuser = 'u'\npassword_hash = '" + strings.Replace(hashOfSecret, "y", "x", 1) + "'"), `
+:8: [http]: password_hash: is not a bcrypt hash (not shown here); take what "htpasswd -nB USER" prints after the colon`},
+		{"hash cut", cluster("[http]\nuser = 'u'\npassword_hash = '" + hashOfSecret[:59] + "'"), `
+:8: [http]: password_hash: is not a bcrypt hash (not shown here); take what "htpasswd -nB USER" prints after the colon`},
+		{"hash too expensive", cluster("[http]\nuser = 'u'\npassword_hash = '" + strings.Replace(hashOfSecret, "05", "15", 1) + "'"), `
+:8: [http]: password_hash: each password would take too long to compare with a hash of cost 15; at most 14 is allowed`},
+		{"hash for a cluster", cluster("password_hash = '" + hashOfSecret + "'"), `
+:6: cluster "a": password_hash belongs to [http], not to [[cluster]]`},
 
 		// Types.
 		{"cluster with single brackets", strings.Replace(fine, "[[cluster]]", "[cluster]", 1), `
@@ -443,6 +496,7 @@ func TestErrorsHoldNoPassword(t *testing.T) {
 			"archive_dir = '/a'\n[[cluster]]\nname = "+value+"\nconninfo = 'host=db1'\nslot = "+value+
 				"\napplication_name = \"\\t\"\nsource = "+value+"\npassword_file = "+value+"\nstatus_interval = "+value,
 			"archive_dir = "+value,
+			"[http]\nlisten = "+value+"\nuser = "+value+"\npassword_hash = "+value+"\ntls_certificate = "+value,
 			value+" = 1")
 	}
 	files = append(files, // not TOML
@@ -456,6 +510,8 @@ func TestErrorsHoldNoPassword(t *testing.T) {
 		`postgres://u:hunter2@db1/`,
 		`"postgres://u:hunter2@db1/" = 1`+"\n"+`"postgres://u:hunter2@db1/" = 1`,
 		`password_file = 'hunter2'x`,
+		"[http]\npassword_hash = hunter2",
+		"[http]\npassword_hash = 'hunter2",
 	)
 	for _, file := range files {
 		_, err := Parse("w.toml", []byte(file))
@@ -553,6 +609,7 @@ func TestExampleIsComplete(t *testing.T) {
 	}
 	has(tree, topSection)
 	has(tree["log"], logSection)
+	has(tree["http"], httpSection)
 	has(tree["defaults"], defaultsSection)
 	has(tree["retention"], retentionSection)
 	first := tree["cluster"].([]map[string]any)[0]
@@ -634,8 +691,9 @@ func TestRetention(t *testing.T) {
 // Every field of the configuration is set by exactly one key, and each key sets
 // exactly one field: there are no dead options and no forgotten ones.
 func TestEveryFieldHasItsKey(t *testing.T) {
-	checkFields(t, topSettings, "Log", "Clusters")
+	checkFields(t, topSettings, "Log", "HTTP", "Clusters")
 	checkFields(t, logSettings)
+	checkFields(t, httpSettings)
 	checkFields(t, slices.Concat(clusterSettings, retentionSettings), "Dir", "SlotAsIs", "NoSync", "EndPos") // those of receivewal have none
 }
 
@@ -645,7 +703,7 @@ func visibleFields[T any]() []reflect.StructField {
 }
 
 func checkFields[T any](t *testing.T, settings []setting[T], others ...string) {
-	values := []any{true, "any", "record", "json", "debug", "lz4", "/x", "30m", "1MB"}
+	values := []any{true, "any", "record", "json", "debug", "lz4", "/x", "30m", "1MB", ":1", hashOfSecret}
 	set := make(map[string]string) // field to key
 	for _, s := range settings {
 		var dst T

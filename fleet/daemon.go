@@ -18,6 +18,10 @@ type Daemon struct {
 	// Reloading is called when a reload begins, and what it returns when that has
 	// ended; nil: nothing is. It is set before Run.
 	Reloading func() (done func())
+	// Follow is told of each [http] section before the fleet follows the rest of its file;
+	// when it fails the reload is refused, and what was before goes on. nil: nobody is
+	// told. It is set before Run.
+	Follow func(HTTPConfig) error
 
 	file    string // absolute
 	version string
@@ -28,8 +32,9 @@ type Daemon struct {
 
 	reloading sync.Mutex // held by a reload, from reading the file to its outcome
 
-	mu   sync.Mutex
-	last *Outcome
+	mu      sync.Mutex
+	last    *Outcome
+	applied time.Time // when the file was applied last, without an error
 }
 
 // Outcome is what became of one reload.
@@ -52,7 +57,7 @@ func NewDaemon(file string, cfg *Config, log *slog.Logger, level *slog.LevelVar,
 	if err != nil {
 		return nil, fmt.Errorf("configuration file: %w", err)
 	}
-	d := &Daemon{Fleet: New(cfg, log), file: file, version: version, log: log, level: level, began: time.Now(), start: *cfg}
+	d := &Daemon{Fleet: New(cfg, log), file: file, version: version, log: log, level: level, began: time.Now(), applied: time.Now(), start: *cfg}
 	d.setLevel(cfg)
 	return d, nil
 }
@@ -82,6 +87,13 @@ func (d *Daemon) Reload(ctx context.Context, expected string) Outcome {
 	if err == nil {
 		err = d.canFollow(cfg)
 	}
+	if err == nil && d.Follow != nil {
+		select {
+		case <-d.Started():
+			err = d.Follow(cfg.HTTP)
+		default: // Reload says that nothing runs yet, and nothing is to have changed then
+		}
+	}
 	if err == nil {
 		out.Plan, err = d.Fleet.Reload(ctx, cfg)
 		out.Applied = !errors.Is(err, ErrNotRunning)
@@ -99,6 +111,9 @@ func (d *Daemon) Reload(ctx context.Context, expected string) Outcome {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.last = &out
+	if out.Error == "" {
+		d.applied = out.Time
+	}
 	return out
 }
 
@@ -180,14 +195,40 @@ func (d *Daemon) logReload(out Outcome) {
 // Report is the state of everything now.
 func (d *Daemon) Report() Report {
 	d.mu.Lock()
-	last := d.last
+	last, applied := d.last, d.applied
 	d.mu.Unlock()
 	r := Report{
 		Time:   time.Now(),
-		Daemon: &DaemonReport{PID: os.Getpid(), Version: d.version, Since: d.began, Config: d.file, LastReload: last},
+		Daemon: &DaemonReport{PID: os.Getpid(), Version: d.version, Since: d.began, Config: d.file, Applied: applied, LastReload: last},
 	}
-	for _, c := range d.Fleet.Status() {
+	for _, c := range d.Status() {
 		r.Clusters = append(r.Clusters, reportOf(c, r.Time))
 	}
 	return r
+}
+
+// ReportOf is the state of one cluster now, with its events; false: there is none of
+// that name.
+func (d *Daemon) ReportOf(cluster string) (Report, bool) {
+	r, ok := d.Report().Cluster(cluster)
+	if ok {
+		r.Clusters[0].Events = d.events(cluster)
+	}
+	return r, ok
+}
+
+// Ready is nil when the fleet runs as the configuration file says; else it says why it
+// does not: it has not begun, or the last reload was refused or incomplete.
+func (d *Daemon) Ready() error {
+	select {
+	case <-d.Started():
+	default:
+		return errors.New("the receivers are being started")
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.last != nil && d.last.Error != "" {
+		return fmt.Errorf("the last reload failed: %s", d.last.Error)
+	}
+	return nil
 }

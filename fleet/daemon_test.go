@@ -141,6 +141,24 @@ func TestReloadFollowsTheFileAndRemembersWhatBecameOfIt(t *testing.T) {
 }
 
 // A preview says what a reload would do, and does nothing.
+// A reload that comes before the fleet runs is refused, and nothing of the file is followed.
+func TestReloadBeforeTheStartFollowsNothing(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "walfleet.toml")
+	write(t, file, fileOf(t.TempDir(), nil, newCluster(t, "a")))
+	cfg, err := Load(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := NewDaemon(file, cfg, slog.New(slog.DiscardHandler), new(slog.LevelVar), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Follow = func(HTTPConfig) error { t.Error("followed"); return nil }
+	if out := d.Reload(t.Context(), ""); out.Applied || out.Error == "" {
+		t.Errorf("%+v", out)
+	}
+}
+
 func TestPreviewChangesNothing(t *testing.T) {
 	dir := t.TempDir()
 	a, b := newCluster(t, "a"), newCluster(t, "b")

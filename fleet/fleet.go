@@ -21,8 +21,9 @@ import (
 
 // Fleet runs one receiver per cluster. Make it with New, run it once with Run.
 type Fleet struct {
-	log    *slog.Logger
-	shared *receiver.Shared
+	log      *slog.Logger
+	shared   *receiver.Shared
+	readings *readings
 
 	reload  sync.Mutex // held while the set of members changes
 	group   errgroup.Group
@@ -39,6 +40,7 @@ type member struct {
 	cfg      receiver.Config
 	report   ClusterReport // of cfg alone
 	receiver *receiver.Receiver
+	seen     *seen
 	stop     context.CancelFunc
 	stopping time.Time     // when a reload called stop, after which it cannot be kept; zero: none did
 	next     *member       // what is started when it has stopped; nil: nothing
@@ -52,6 +54,7 @@ type ClusterStatus struct {
 	Stopping time.Time // when a reload told it to stop; zero: none did
 	receiver.Status
 	configured ClusterReport
+	memory     memory
 }
 
 // connectAttempts is how many clusters try to connect at the same time. It is all
@@ -65,7 +68,7 @@ const connectAttempts = 50
 func New(cfg *Config, log *slog.Logger) *Fleet {
 	// Half of the processors compress: archiving comes first.
 	shared := receiver.NewShared(max(1, int64(runtime.GOMAXPROCS(0))/2), connectAttempts)
-	f := &Fleet{log: log, shared: shared, cfg: cfg, members: map[string]*member{}, started: make(chan struct{})}
+	f := &Fleet{log: log, shared: shared, readings: newReadings(log), cfg: cfg, members: map[string]*member{}, started: make(chan struct{})}
 	for _, c := range cfg.Clusters {
 		f.members[c.Name] = f.newMember(c)
 	}
@@ -73,7 +76,9 @@ func New(cfg *Config, log *slog.Logger) *Fleet {
 }
 
 func (f *Fleet) newMember(c receiver.Config) *member {
-	return &member{cfg: c, report: configured(c), receiver: receiver.New(c, f.log, f.shared), stop: func() {}, done: make(chan struct{}), gone: make(chan struct{})}
+	remembered := new(seen)
+	log := slog.New(&recorder{Handler: f.log.Handler(), seen: remembered})
+	return &member{cfg: c, report: configured(c), receiver: receiver.New(c, log, f.shared), seen: remembered, stop: func() {}, done: make(chan struct{}), gone: make(chan struct{})}
 }
 
 // Run archives until ctx is done. It then stops all receivers at once, and
@@ -88,6 +93,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 		f.start(m)
 	}
 	f.mu.Unlock()
+	f.group.Go(func() error { f.watch(base); return nil })
 	close(f.started)
 
 	<-ctx.Done()
@@ -302,6 +308,7 @@ func (f *Fleet) succeed(name string, old *member, timeout time.Duration) {
 	}
 	delete(f.members, name)
 	if old.next != nil {
+		old.next.seen.inherit(old.seen, old.next.cfg.Dir == old.cfg.Dir)
 		f.members[name] = old.next
 		f.start(old.next)
 	}
@@ -355,5 +362,5 @@ func (f *Fleet) Status() []ClusterStatus {
 
 // status is a member's; f.mu is held.
 func (m *member) status() ClusterStatus {
-	return ClusterStatus{m.cfg.Name, m.stopping, m.receiver.Status(), m.report}
+	return ClusterStatus{m.cfg.Name, m.stopping, m.receiver.Status(), m.report, m.seen.memory(m.cfg.MinFree)}
 }

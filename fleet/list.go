@@ -101,7 +101,7 @@ func ReadContents(ctx context.Context, cluster, dir string) (Contents, error) {
 			continue
 		}
 		out.Cluster = cluster
-		return out, ctx.Err()
+		return out, context.Cause(ctx)
 	}
 }
 
@@ -206,7 +206,7 @@ func (c Contents) Write(w io.Writer) error {
 	if c.PrunedLSN != "" {
 		fmt.Fprintf(&b, "pruned before %s on %s\n", c.PrunedLSN, moment(c.PrunedTime))
 	}
-	fmt.Fprintf(&b, "%d complete segments, %s of WAL in %s", c.Segments, bytesText(c.WALBytes), bytesText(c.Bytes))
+	fmt.Fprintf(&b, "%d complete segments, %s of WAL in %s", c.Segments, BytesText(c.WALBytes), BytesText(c.Bytes))
 	if c.Aside > 0 {
 		fmt.Fprintf(&b, "; %d files are kept aside", c.Aside)
 	}
@@ -259,7 +259,7 @@ func (c Contents) writeTree(t *table, tl TimelineContents, indent string) {
 		if r.Problem != "" {
 			note = strings.TrimPrefix(note+"; "+r.Problem, "; ")
 		}
-		row(r.StartLSN, r.EndLSN, fmt.Sprint(r.Segments), bytesText(r.WALBytes), bytesText(r.Bytes), moment(r.FirstCommit), moment(r.LastCommit))
+		row(r.StartLSN, r.EndLSN, fmt.Sprint(r.Segments), BytesText(r.WALBytes), BytesText(r.Bytes), moment(r.FirstCommit), moment(r.LastCommit))
 	}
 	for _, p := range tl.Partial {
 		note = strings.TrimPrefix(note+"; in progress: "+p.Segment+".partial", "; ")

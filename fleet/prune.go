@@ -84,7 +84,7 @@ func (p Pruning) Write(w io.Writer) error {
 	if len(p.Files) == 0 {
 		fmt.Fprintf(&b, "%s: nothing to remove\n", p.Cluster)
 	} else {
-		fmt.Fprintf(&b, "%s: WAL from %s to %s %s: %d segments in %d files, %s\n", p.Cluster, p.FromLSN, p.ToLSN, verb, p.Segments, len(p.Files), bytesText(p.Bytes))
+		fmt.Fprintf(&b, "%s: WAL from %s to %s %s: %d segments in %d files, %s\n", p.Cluster, p.FromLSN, p.ToLSN, verb, p.Segments, len(p.Files), BytesText(p.Bytes))
 	}
 	for _, held := range p.Held {
 		fmt.Fprintf(&b, "held: %s\n", oneLine(held))

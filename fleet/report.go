@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io/fs"
@@ -32,6 +33,7 @@ type DaemonReport struct {
 	Version    string    `json:"version"`
 	Since      time.Time `json:"since"`
 	Config     string    `json:"config"`      // the file's path
+	Applied    time.Time `json:"applied"`     // when all of it was applied last, by the start or a reload
 	LastReload *Outcome  `json:"last_reload"` // null: there was none
 }
 
@@ -39,10 +41,11 @@ type DaemonReport struct {
 type ClusterReport struct {
 	Name     string    `json:"name"`
 	State    string    `json:"state"`             // a receiver's; "unknown": no daemon answered
-	Since    time.Time `json:"since,omitzero"`    // of the state
+	Since    time.Time `json:"since,omitzero"`    // of the state; of an outage, in which connecting and backoff take turns
 	Reason   string    `json:"reason,omitempty"`  // of the state, in words
 	Hint     string    `json:"hint,omitempty"`    // what a person can do about it
 	Stopping time.Time `json:"stopping,omitzero"` // when a reload told it to stop, and it has not yet
+	Health   Health    `json:"health"`            // of the state and all else: whether a person is wanted
 
 	Host             string `json:"host,omitempty"` // "host:port" that was connected last
 	ServerVersion    string `json:"server_version,omitempty"`
@@ -68,14 +71,22 @@ type ClusterReport struct {
 	CompressBacklog    int64   `json:"compress_backlog"`       // segments
 	CompressBytes      int64   `json:"compress_backlog_bytes"` // the same in bytes
 	Reconnects         int64   `json:"reconnects"`
+	Switchovers        int64   `json:"switchovers"`    // changes of the host or the timeline since the start
+	StatusUpdates      int64   `json:"status_updates"` // that were sent since the start
 	Panics             int64   `json:"panics"`
 	Gaps               int64   `json:"gaps"` // on record in the archive
+
+	Failures map[string]int64 `json:"failures"`               // of attempts and connections since the start, by class; see receiver.FailureClasses
+	Syncs    *HistogramReport `json:"sync_seconds,omitempty"` // how long it took to sync WAL, since the start
 
 	LastError     string    `json:"last_error,omitempty"` // what ended a session last, whatever came after
 	LastErrorTime time.Time `json:"last_error_time,omitzero"`
 
 	Directory     string `json:"directory"`
 	DiskFreeBytes *int64 `json:"disk_free_bytes,omitempty"`
+	// SecondsToFull is when the archive's file system is full, if it fills as it did in the History; absent: it does
+	// not fill, or is not known to.
+	SecondsToFull *float64 `json:"seconds_to_full,omitempty"`
 
 	Slot     string         `json:"slot"`
 	Hosts    []string       `json:"hosts"`          // of the conninfo
@@ -85,7 +96,92 @@ type ClusterReport struct {
 	Slots    []SlotReport    `json:"slots"`    // on each host, as the monitor saw them last
 	Warnings []WarningReport `json:"warnings"` // dangers that do not end the archiving
 
-	Archive *ArchiveReport `json:"archive,omitempty"` // where the directory was looked into
+	Archive *ArchiveReport `json:"archive,omitempty"` // where the directory was looked into; a daemon does so now and then
+	History *HistoryReport `json:"history,omitempty"` // of a daemon
+	Events  []EventReport  `json:"events,omitempty"`  // of a daemon that was asked about this cluster: its last lines of the log, oldest first
+}
+
+// HistogramReport is how often something took how long.
+type HistogramReport struct {
+	Count   int64          `json:"count"`
+	Sum     float64        `json:"sum"`     // seconds
+	Buckets []BucketReport `json:"buckets"` // ascending; what took longer than the last is in Count alone
+}
+
+// BucketReport is how often it took at most so long.
+type BucketReport struct {
+	Seconds float64 `json:"le"` // inclusive
+	Count   int64   `json:"count"`
+}
+
+// HistoryReport is what a cluster did in the last quarter of an hour. A daemon that was
+// started since has less.
+type HistoryReport struct {
+	IntervalSeconds float64 `json:"interval_seconds"` // between two samples
+	BytesPerSecond  []int64 `json:"bytes_per_second"` // received in each interval, oldest first
+}
+
+// EventReport is a line of the log about a cluster.
+type EventReport struct {
+	Time  time.Time `json:"time"`
+	Level string    `json:"level"` // "info", "warn" or "error"
+	Text  string    `json:"text"`  // the message and its attributes
+}
+
+// readRecord reads what was last found out about an archive; nil: nothing was.
+func readRecord[T any](dir, name string) (*T, error) {
+	var record T
+	err := archive.ReadRecord(dir, name, &record)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	return &record, nil
+}
+
+// Record keeps what a verification came to in the archive's directory, where a Report
+// finds it.
+func (v VerifyReport) Record(dir string) error {
+	return archive.StoreRecord(dir, archive.VerifyRecord, v)
+}
+
+// Record keeps what a drill came to in the archive's directory, where a Report finds it.
+func (d DrillReport) Record(dir string) error {
+	return archive.StoreRecord(dir, archive.DrillRecord, d)
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// VerifyReport is what the last verify of an archive came to.
+type VerifyReport struct {
+	Time         time.Time `json:"time"` // when it ended
+	Seconds      float64   `json:"seconds"`
+	Whole        bool      `json:"whole"` // everything was checked that was to be, without a fault
+	Error        string    `json:"error,omitempty"`
+	Faults       int       `json:"faults"`
+	Unproven     int       `json:"unproven"`
+	Segments     int       `json:"segments"`
+	Skipped      int       `json:"skipped"` // segments that were left out
+	CheckedBytes int64     `json:"checked_bytes"`
+}
+
+// DrillReport is what the last drill with an archive came to.
+type DrillReport struct {
+	Time         time.Time `json:"time"` // when it ended
+	Seconds      float64   `json:"seconds"`
+	OK           bool      `json:"ok"`
+	Error        string    `json:"error,omitempty"`
+	Backup       string    `json:"backup"`
+	RecoveredLSN string    `json:"recovered_lsn,omitempty"`
+	Timeline     uint32    `json:"timeline,omitempty"`
+	LastCommit   time.Time `json:"last_commit,omitzero"`
 }
 
 // SlotReport is what a cluster's slot costs one host.
@@ -114,7 +210,8 @@ type WarningReport struct {
 
 // ArchiveReport is what a cluster's directory says by itself.
 type ArchiveReport struct {
-	Error string `json:"error,omitempty"` // why it says nothing, or not everything
+	Time  time.Time `json:"time,omitzero"`   // when it was looked into
+	Error string    `json:"error,omitempty"` // why it says nothing, or not everything
 
 	SystemIdentifier string    `json:"system_identifier,omitempty"`
 	SegmentSize      int64     `json:"segment_size,omitempty"`
@@ -130,8 +227,12 @@ type ArchiveReport struct {
 	LastSegment  string          `json:"last_segment,omitempty"`
 	SealedLSN    string          `json:"sealed_lsn,omitempty"` // exclusive end of the last one
 	Partial      []PartialReport `json:"partial"`
-	Aside        int             `json:"aside"` // files *.aborted and *.diverged
+	Aside        int             `json:"aside"`           // files *.aborted and *.diverged
+	Oldest       time.Time       `json:"oldest,omitzero"` // when the first complete segment was written to last
 	Modified     time.Time       `json:"modified,omitzero"`
+
+	LastVerify *VerifyReport `json:"last_verify,omitempty"`
+	LastDrill  *DrillReport  `json:"last_drill,omitempty"`
 
 	Gaps        []GapReport        `json:"gaps"`
 	Divergences []DivergenceReport `json:"divergences"`
@@ -172,17 +273,25 @@ const stateUnknown = "unknown"
 func reportOf(c ClusterStatus, now time.Time) ClusterReport {
 	r := c.configured
 	r.State, r.Since, r.Reason, r.Hint, r.Stopping = string(c.State), c.Since, c.Reason, c.Hint, c.Stopping
+	if (c.State == receiver.Connecting || c.State == receiver.Backoff) && !c.TroubleSince.IsZero() {
+		r.Since = c.TroubleSince // the two take turns
+	}
 	r.Host, r.ServerVersion, r.PolarDBVersion = c.Host, c.ServerVersion, c.PolarDB
 	r.SystemIdentifier, r.SegmentSize = systemIdentifier(c.SystemID), int64(c.SegmentSize)
 	r.Timeline = uint32(c.Timeline)
+	if behind, known := c.Behind(now); known {
+		seconds := behind.Seconds()
+		r.BehindSeconds = &seconds
+	}
+	for _, s := range c.Slots { // a message that is read late tells of the server's end when it was sent; the monitor may know better
+		if s.Host == c.Host && s.Exists {
+			c.ServerEnd = max(c.ServerEnd, s.RestartLSN+wal.LSN(s.Retained))
+		}
+	}
 	r.WrittenLSN, r.SyncedLSN, r.FlushedLSN, r.ServerLSN = lsn(c.Written), lsn(c.Synced), lsn(c.Flushed), lsn(c.ServerEnd)
 	if c.Flushed != 0 && c.ServerEnd != 0 {
 		lag := c.Lag()
 		r.LagBytes = &lag
-	}
-	if behind, known := c.Behind(now); known {
-		seconds := behind.Seconds()
-		r.BehindSeconds = &seconds
 	}
 	r.LastMessage = c.LastData
 	r.BytesPerSecond = math.Round(c.Rate)
@@ -207,13 +316,27 @@ func reportOf(c ClusterStatus, now time.Time) ClusterReport {
 	for _, w := range c.Warnings {
 		r.Warnings = append(r.Warnings, WarningReport{w.Kind, w.Host, w.Since, w.Text, w.Hint})
 	}
+	r.Switchovers, r.StatusUpdates, r.Failures, r.Syncs = c.Switchovers, c.StatusUpdates, c.Failures, syncReport(c.Syncs)
+	r.Archive, r.History, r.SecondsToFull = c.memory.archive, c.memory.history, c.memory.secondsToFull
+	if r.Gaps == 0 && r.Archive != nil { // a receiver that has not opened the archive yet knows of none
+		r.Gaps = int64(len(r.Archive.Gaps))
+	}
+	r.Health = healthOf(r, c.TroubleSince, now)
 	return r
+}
+
+func syncReport(t receiver.SyncTimes) *HistogramReport {
+	h := &HistogramReport{Count: t.Count, Sum: t.Sum.Seconds(), Buckets: []BucketReport{}}
+	for i, limit := range receiver.SyncLimits() {
+		h.Buckets = append(h.Buckets, BucketReport{limit.Seconds(), t.Within[i]})
+	}
+	return h
 }
 
 // configured is what the configuration says about a cluster, without secrets.
 func configured(c receiver.Config) ClusterReport {
 	r := ClusterReport{Name: c.Name, State: stateUnknown, Directory: c.Dir, Slot: c.Slot, Hosts: []string{}, Settings: map[string]any{},
-		Slots: []SlotReport{}, Warnings: []WarningReport{}}
+		Health: Critical, Failures: map[string]int64{}, Slots: []SlotReport{}, Warnings: []WarningReport{}}
 	if info, err := pgrepl.ParseConninfo(c.Conninfo); err == nil {
 		r.Hosts, r.User = info.Hosts(), info.User()
 	}
@@ -306,10 +429,10 @@ func (r Report) Peek(ctx context.Context) Report {
 func peek(ctx context.Context, dir string) *ArchiveReport {
 	h, err := archive.Peek(ctx, dir)
 	a := &ArchiveReport{
-		SystemIdentifier: systemIdentifier(h.Identity.SystemID), SegmentSize: int64(h.Identity.SegmentSize),
+		Time: time.Now(), SystemIdentifier: systemIdentifier(h.Identity.SystemID), SegmentSize: int64(h.Identity.SegmentSize),
 		OriginLSN: lsn(h.Origin.LSN), OriginSource: h.Origin.Source, OriginTime: h.Origin.Time,
 		Timeline: uint32(h.Timeline), Segments: h.Segments, Compressed: h.Compressed, Bytes: h.Bytes,
-		SealedLSN: lsn(h.Sealed()), Aside: h.Aside, Modified: h.Modified,
+		SealedLSN: lsn(h.Sealed()), Aside: h.Aside, Oldest: h.Oldest, Modified: h.Modified,
 		Partial: []PartialReport{}, Gaps: []GapReport{}, Divergences: []DivergenceReport{},
 		DiskFreeBytes: h.Free, DiskTotalBytes: h.Total,
 	}
@@ -319,6 +442,10 @@ func peek(ctx context.Context, dir string) *ArchiveReport {
 	case err != nil:
 		a.Error = err.Error()
 	}
+	a.LastVerify, err = readRecord[VerifyReport](dir, archive.VerifyRecord)
+	a.Error = cmp.Or(a.Error, errorText(err))
+	a.LastDrill, err = readRecord[DrillReport](dir, archive.DrillRecord)
+	a.Error = cmp.Or(a.Error, errorText(err))
 	if h.Segments > 0 {
 		a.FirstSegment, a.LastSegment = h.First.Name(), h.Last.Name()
 	}

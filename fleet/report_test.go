@@ -38,7 +38,7 @@ func testReport() Report {
 	good.DiskFree, good.Gaps = 10<<30, 1
 	good.LastError, good.LastErrorAt = "the server went away", reportTime.Add(-51*time.Hour)
 	good.Slots = []receiver.SlotView{
-		{Host: "db1:5432", Answered: reportTime.Add(-20 * time.Second), SlotWatch: pgrepl.SlotWatch{Exists: true, RestartLSN: 0x1_00000000, Retained: 3 << 20,
+		{Host: "db1:5432", Answered: reportTime.Add(-20 * time.Second), SlotWatch: pgrepl.SlotWatch{Exists: true, RestartLSN: 0x1_00001000 - 3<<20, Retained: 3 << 20,
 			Status: "extended", SafeWALSize: 1 << 30, ActivePID: 77, SyncState: "sync"}},
 		{Host: "db2:5432", Note: "connection refused"},
 	}
@@ -74,6 +74,24 @@ good     streaming  3    1/A00    1.5 kB  2s      1.5 MB/s  walfleet  10 GB  2d0
 idle     streaming  -    -        -       0s      0 B/s     walfleet  -      1s
 4 clusters: 1 halted, 1 backoff, 2 streaming
 `)
+}
+
+// A receiver that reads slowly has old news of the server's end. What the monitor saw counts as well, but for the time
+// that is lacking: that is measured.
+func TestLagKnowsWhatTheMonitorSaw(t *testing.T) {
+	s := status("slow", receiver.Streaming, "", time.Hour)
+	s.Host, s.Flushed, s.ServerEnd, s.CaughtUp = "db1:5432", 0x1000, 0x1000, reportTime
+	s.Slots = []receiver.SlotView{
+		{Host: "db0:5432", SlotWatch: pgrepl.SlotWatch{Exists: true, RestartLSN: 0x1000, Retained: 1 << 30}},
+		{Host: "db1:5432", SlotWatch: pgrepl.SlotWatch{Exists: true, RestartLSN: 0x800, Retained: 0x5000}},
+	}
+	if r := reportOf(s, reportTime); r.LagBytes == nil || *r.LagBytes != 0x4800 || r.ServerLSN != "0/5800" || r.BehindSeconds == nil || *r.BehindSeconds != 0 {
+		t.Errorf("%+v", r)
+	}
+	s.ServerEnd = 0x9000 // newer
+	if r := reportOf(s, reportTime); *r.LagBytes != 0x8000 || r.ServerLSN != "0/9000" {
+		t.Errorf("%+v", r)
+	}
 }
 
 func TestTableSaysThatTheLastReloadFailed(t *testing.T) {
@@ -191,7 +209,7 @@ func TestJSONHasStableNames(t *testing.T) {
 		"directory": "/archive/good", "disk_free_bytes": float64(10 << 30), "slot": "walfleet", "user": "archiver",
 		"hosts": []any{"db1:5432", "db2:5432"},
 		"slots": []any{
-			map[string]any{"host": "db1:5432", "time": "2026-01-31T11:59:40Z", "exists": true, "retained_bytes": float64(3 << 20), "restart_lsn": "1/0",
+			map[string]any{"host": "db1:5432", "time": "2026-01-31T11:59:40Z", "exists": true, "retained_bytes": float64(3 << 20), "restart_lsn": "0/FFD01000",
 				"wal_status": "extended", "safe_wal_bytes": float64(1 << 30), "active_pid": 77.0, "sync_state": "sync"},
 			map[string]any{"host": "db2:5432", "note": "connection refused", "exists": false, "retained_bytes": 0.0},
 		},
@@ -359,7 +377,7 @@ func TestBytesAndDurationsForPeople(t *testing.T) {
 		0: "0 B", 1023: "1023 B", 1024: "1.0 kB", 10188: "9.9 kB", 10189: "10 kB", 1023487: "999 kB", 1023488: "1.0 MB",
 		1 << 30: "1.0 GB", 1<<63 - 1: "8.0 EB",
 	} {
-		if got := bytesText(n); got != want {
+		if got := BytesText(n); got != want {
 			t.Errorf("%d bytes are %q, want %q", n, got, want)
 		}
 	}

@@ -25,6 +25,9 @@ var urgency = []string{
 // own page has all of it.
 const reasonLimit = 120
 
+// shownEvents is how many of a cluster's last lines of the log stand among its details.
+const shownEvents = 10
+
 // WriteTable writes the report for people, a line for each cluster. Those in trouble
 // come first, for of a hundred clusters they are why somebody looks, and within a state
 // the file's order stays. The last line counts the states, where it is seen when a
@@ -33,21 +36,38 @@ func (r Report) WriteTable(w io.Writer) error {
 	var b strings.Builder
 	r.writeHead(&b)
 	t := newTable(&b)
-	if r.Daemon != nil {
-		t.row("CLUSTER", "STATE", "TLI", "FLUSHED", "LAG", "BEHIND", "RATE", "SLOT", "FREE", "SINCE", "REASON")
-	} else {
-		t.row("CLUSTER", "TLI", "SEALED", "SEGMENTS", "SIZE", "IN PROGRESS", "MODIFIED", "SLOT", "FREE", "GAPS", "NOTE")
-	}
-	clusters := slices.Clone(r.Clusters)
-	slices.SortStableFunc(clusters, func(a, b ClusterReport) int {
-		return cmp.Compare(slices.Index(urgency, a.State), slices.Index(urgency, b.State))
-	})
-	for _, c := range clusters {
-		if r.Daemon != nil {
-			t.row(c.Name, c.State, number(c.Timeline), orDash(c.FlushedLSN), lagText(c), behindText(c), rateText(c), c.Slot,
-				freeText(c), since(r.Time, c.Since), shorten(c.reason(r.Time), reasonLimit))
-			continue
+	clusters := r.urgentFirst()
+	if r.Daemon == nil {
+		for _, cells := range r.archiveCells(clusters) {
+			t.row(cells...)
 		}
+	} else {
+		t.row("CLUSTER", "STATE", "TLI", "FLUSHED", "LAG", "BEHIND", "RATE", "SLOT", "FREE", "SINCE", "REASON")
+		for _, c := range clusters {
+			t.row(c.Name, c.State, number(c.Timeline), orDash(c.FlushedLSN), lagText(c), behindText(c), rateText(c), c.Slot,
+				freeText(c), since(r.Time, c.Since), shorten(strings.Join(c.Why(r.Time), "; "), reasonLimit))
+		}
+	}
+	t.flush()
+	if r.Daemon != nil {
+		fmt.Fprintln(&b, r.summary())
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// urgentFirst are the clusters, those in trouble first.
+func (r Report) urgentFirst() []ClusterReport {
+	clusters := slices.Clone(r.Clusters)
+	slices.SortStableFunc(clusters, Urgent)
+	return clusters
+}
+
+// archiveCells are the titles and a row for each cluster of what its archive says by
+// itself.
+func (r Report) archiveCells(clusters []ClusterReport) [][]string {
+	rows := [][]string{{"CLUSTER", "TLI", "SEALED", "SEGMENTS", "SIZE", "IN PROGRESS", "MODIFIED", "SLOT", "FREE", "GAPS", "NOTE"}}
+	for _, c := range clusters {
 		a := c.Archive
 		if a == nil {
 			a = &ArchiveReport{}
@@ -56,15 +76,10 @@ func (r Report) WriteTable(w io.Writer) error {
 		if n := len(a.Partial); n > 0 {
 			progress = a.Partial[n-1].Segment
 		}
-		t.row(c.Name, number(a.Timeline), orDash(a.SealedLSN), fmt.Sprint(a.Segments), bytesText(a.Bytes), progress,
-			ago(r.Time, a.Modified), c.Slot, freeText(c), fmt.Sprint(len(a.Gaps)), shorten(a.Error, reasonLimit))
+		rows = append(rows, []string{c.Name, number(a.Timeline), orDash(a.SealedLSN), fmt.Sprint(a.Segments), BytesText(a.Bytes), progress,
+			ago(r.Time, a.Modified), c.Slot, freeText(c), fmt.Sprint(len(a.Gaps)), shorten(a.Error, reasonLimit)})
 	}
-	t.flush()
-	if r.Daemon != nil {
-		fmt.Fprintln(&b, r.summary())
-	}
-	_, err := io.WriteString(w, b.String())
-	return err
+	return rows
 }
 
 // WriteDetails writes all that is known about each cluster of the report, for people.
@@ -127,7 +142,7 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 
 	if r.Daemon != nil {
 		line("state", "%s, since %s", c.State, at(c.Since))
-		known("reason", c.reason(r.Time))
+		known("reason", strings.Join(c.Why(r.Time), "; "))
 		known("hint", c.Hint)
 		line("connected to", "%s", orDash(c.Host))
 	}
@@ -154,7 +169,7 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 	}
 	known("system identifier", cmp.Or(c.SystemIdentifier, a.SystemIdentifier))
 	if size := cmp.Or(c.SegmentSize, a.SegmentSize); size > 0 {
-		line("segment size", "%s", bytesText(size))
+		line("segment size", "%s", BytesText(size))
 	}
 	if tli := cmp.Or(c.Timeline, a.Timeline); tli > 0 {
 		line("timeline", "%d", tli)
@@ -169,10 +184,18 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 		if !c.LastMessage.IsZero() {
 			line("last message", "%s", at(c.LastMessage))
 		}
-		line("received", "%s, %s of it again; now %s", bytesText(c.ReceivedBytes), bytesText(c.ReceivedAgainBytes), rateText(c))
+		line("received", "%s, %s of it again; now %s", BytesText(c.ReceivedBytes), BytesText(c.ReceivedAgainBytes), rateText(c))
+		known("last 15 minutes", sparkline(c.History, detailSparkCells))
 		line("segments sealed", "%d since %s", c.SegmentsSealed, at(r.Daemon.Since))
-		line("compression", "%d segments compressed, %d waiting (%s)", c.SegmentsCompressed, c.CompressBacklog, bytesText(c.CompressBytes))
+		line("compression", "%d segments compressed, %d waiting (%s)", c.SegmentsCompressed, c.CompressBacklog, BytesText(c.CompressBytes))
 		line("reconnects", "%d", c.Reconnects)
+		var failures []string
+		for _, class := range slices.Sorted(maps.Keys(c.Failures)) {
+			if n := c.Failures[class]; n > 0 {
+				failures = append(failures, fmt.Sprintf("%d %s", n, class))
+			}
+		}
+		known("failures", strings.Join(failures, ", "))
 		if c.Panics > 0 {
 			line("panics", "%d: each is a bug in walfleet, and its stack is in the log", c.Panics)
 		}
@@ -182,13 +205,13 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 	}
 
 	line("directory", "%s", c.Directory)
-	line("disk free", "%s", freeText(c))
+	line("disk free", "%s", freeText(c)+fullText(c))
 	if c.Archive != nil {
 		known("archive", a.Error)
 		if a.OriginLSN != "" {
 			line("archive begins", "%s, from %s, %s", a.OriginLSN, a.OriginSource, at(a.OriginTime))
 		}
-		line("complete segments", "%d (%d of them compressed), %s", a.Segments, a.Compressed, bytesText(a.Bytes))
+		line("complete segments", "%d (%d of them compressed), %s", a.Segments, a.Compressed, BytesText(a.Bytes))
 		if a.Segments > 0 {
 			line("first, last", "%s, %s (ends at %s)", a.FirstSegment, a.LastSegment, a.SealedLSN)
 		}
@@ -204,6 +227,28 @@ func (r Report) writeCluster(b *strings.Builder, c ClusterReport) {
 		if a.Aside > 0 {
 			line("kept aside", "%d files", a.Aside)
 		}
+		if v := a.LastVerify; v != nil {
+			result := "whole"
+			switch {
+			case v.Error != "":
+				result = v.Error
+			case v.Faults > 0:
+				result = fmt.Sprintf("%d FAULTS", v.Faults)
+			case !v.Whole:
+				result = "not everything was checked"
+			}
+			line("last verify", "%s: %s; %d segments checked, %d left out", at(v.Time), result, v.Segments, v.Skipped)
+		}
+		if d := a.LastDrill; d != nil {
+			result := "recovered to " + orDash(d.RecoveredLSN)
+			if !d.OK {
+				result = "FAILED: " + d.Error
+			}
+			line("last drill", "%s, with %s: %s", at(d.Time), d.Backup, result)
+		}
+	}
+	for _, e := range last(c.Events, shownEvents) {
+		line("event", "%s: %s, %s", at(e.Time), e.Level, e.Text)
 	}
 	for _, key := range slices.Sorted(maps.Keys(c.Settings)) {
 		if key != "slot" && c.Settings[key] != "" {
@@ -221,7 +266,7 @@ func (s SlotReport) text(now time.Time) string {
 	case !s.Exists:
 		parts = append(parts, "does not exist")
 	default:
-		parts = append(parts, "retains "+bytesText(s.RetainedBytes))
+		parts = append(parts, "retains "+BytesText(s.RetainedBytes))
 		if s.Status != "" {
 			parts = append(parts, s.Status)
 		}
@@ -229,7 +274,7 @@ func (s SlotReport) text(now time.Time) string {
 			parts = append(parts, s.Invalid)
 		}
 		if s.SafeBytes != nil {
-			parts = append(parts, "safe for another "+bytesText(*s.SafeBytes))
+			parts = append(parts, "safe for another "+BytesText(*s.SafeBytes))
 		}
 		if s.SyncState != "" {
 			parts = append(parts, s.SyncState)
@@ -242,24 +287,6 @@ func (s SlotReport) text(now time.Time) string {
 		parts = append(parts, s.Note)
 	}
 	return strings.Join(parts, ", ")
-}
-
-// reason is why a cluster is in its state, with what else a person must know.
-func (c ClusterReport) reason(now time.Time) string {
-	var parts []string
-	if !c.Stopping.IsZero() {
-		parts = append(parts, fmt.Sprintf("told to stop %s ago by a reload, and has not stopped", roughly(now.Sub(c.Stopping))))
-	}
-	if c.Reason != "" {
-		parts = append(parts, c.Reason)
-	}
-	for _, w := range c.Warnings {
-		parts = append(parts, w.Text)
-	}
-	if c.Gaps > 0 {
-		parts = append(parts, fmt.Sprintf("gaps on record: %d", c.Gaps))
-	}
-	return strings.Join(parts, "; ")
 }
 
 // Write writes what became of a reload, for people.
@@ -369,7 +396,7 @@ func lagText(c ClusterReport) string {
 	if c.LagBytes == nil {
 		return "-"
 	}
-	return bytesText(*c.LagBytes)
+	return BytesText(*c.LagBytes)
 }
 
 func behindText(c ClusterReport) string {
@@ -388,18 +415,26 @@ func behindWords(c ClusterReport) string {
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-func rateText(c ClusterReport) string { return bytesText(int64(c.BytesPerSecond)) + "/s" }
+func rateText(c ClusterReport) string { return BytesText(int64(c.BytesPerSecond)) + "/s" }
 
 func freeText(c ClusterReport) string {
 	if c.DiskFreeBytes == nil {
 		return "-"
 	}
-	return bytesText(*c.DiskFreeBytes)
+	return BytesText(*c.DiskFreeBytes)
 }
 
-// bytesText is a number of bytes with at most three digits or one decimal, in
+// fullText says when the disk will be full, where that is known.
+func fullText(c ClusterReport) string {
+	if c.SecondsToFull == nil {
+		return ""
+	}
+	return ", full in " + roughly(seconds(*c.SecondsToFull)) + " if it fills as in the last 15 minutes"
+}
+
+// BytesText is a number of bytes with at most three digits or one decimal, in
 // PostgreSQL's units of 1024.
-func bytesText(n int64) string {
+func BytesText(n int64) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
 	}

@@ -15,9 +15,10 @@ import (
 	"github.com/walfleet/walfleet/receiver"
 )
 
-// configText is the text of a configuration file.
+// configText is the text of a configuration file. Its lines count from archive_dir on; tests run side by side, and
+// none listens.
 func configText(archiveDir string, clusters ...string) string {
-	return fmt.Sprintf("archive_dir = %q\n", archiveDir) + strings.Join(clusters, "")
+	return fmt.Sprintf("archive_dir = %q\n", archiveDir) + strings.Join(clusters, "") + "\n[http]\nlisten = \"\"\n"
 }
 
 // cluster is one [[cluster]] of a configuration file; settings are lines such as `slot = "a"`.

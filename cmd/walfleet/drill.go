@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/walfleet/walfleet/fleet"
 	"github.com/walfleet/walfleet/internal/restore"
 )
 
@@ -29,7 +30,8 @@ func newDrillCommand(g *globals) *cobra.Command {
 		Long: `drill copies a base backup into a directory of its own, starts a throwaway server
 on the copy, lets it recover with "walfleet restore-wal" from the archive alone, to the
 archive's end or to a target, looks into each database, reports, and removes
-everything. It fails when recovery ends early, and shows what the server said.
+everything. It fails when recovery ends early, and shows what the server said. What
+it came to is kept in the directory of a cluster of the file, for status and metrics.
 
 The backup is a directory that pg_basebackup made, plain or with base.tar (.gz, .lz4,
 .zst), or such a tar file. Its configuration is not used, and of its WAL nothing: the
@@ -78,6 +80,11 @@ such a directory of the cluster itself.`,
 			ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not done after %s (--timeout)", timeout))
 			defer cancel()
 			report, drillErr := restore.Drill(ctx, o)
+			if len(args) == 1 {
+				if err := recordDrill(o.Archive, report); err != nil {
+					fmt.Fprintf(cmd.ErrOrStderr(), "walfleet status and metrics will not show this drill of %s: %v\n", args[0], err)
+				}
+			}
 			if asJSON {
 				err = printJSON(cmd, report)
 			} else {
@@ -98,6 +105,12 @@ such a directory of the cluster itself.`,
 	flags.DurationVar(&timeout, "timeout", 24*time.Hour, "give up after this time")
 	flags.BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
+}
+
+// recordDrill keeps what a drill came to, for status and metrics.
+func recordDrill(dir string, r restore.DrillReport) error {
+	return fleet.DrillReport{Time: time.Now().UTC(), Seconds: r.Seconds, OK: r.OK, Error: r.Error, Backup: r.Backup,
+		RecoveredLSN: r.RecoveredLSN, Timeline: r.Timeline, LastCommit: r.LastCommit}.Record(dir)
 }
 
 // untilToldToEnd ends with every signal that would end the process without its cleaning

@@ -41,6 +41,7 @@ func TestUsageErrorsAreToldFromFailures(t *testing.T) {
 		says  string
 	}{
 		{[]string{"rnu"}, true, `unknown command "rnu"; did you mean "run"?`},
+		{[]string{"status", "--watch", "--json"}, true, "--watch and --json exclude each other"},
 		{[]string{"check", "--json", "--nagios"}, true, "exclude each other"},
 		{[]string{"check", "--diff", "a"}, true, "takes no cluster"},
 		{[]string{"check", "-c", good, "b"}, false, `there is no cluster "b"`},

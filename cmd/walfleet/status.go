@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -11,7 +13,7 @@ import (
 )
 
 func newStatusCommand(g *globals) *cobra.Command {
-	var asJSON bool
+	var asJSON, watched bool
 	cmd := &cobra.Command{
 		Use:   "status [CLUSTER]",
 		Short: "Show how the clusters are",
@@ -27,6 +29,11 @@ Nothing is asked of any server.
   FREE      left on the archive's file system
   SINCE     how long it has been in that state
 
+With --watch it fills the terminal and is drawn anew every second, with what was
+received in the last 15 minutes beside it, until q or Ctrl-C. The arrows, PgUp, PgDn,
+Home and End scroll. When the daemon stops answering, what it said last stays, and
+goes on when it is back. NO_COLOR in the environment turns colours off.
+
 When no daemon answers, that is said, and what each archive's directory tells by
 itself is shown; the exit status is 1 then. It is 0 however the clusters are: see
 "walfleet check" for that.`,
@@ -37,23 +44,34 @@ itself is shown; the exit status is 1 then. It is 0 however the clusters are: se
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			report, err := readStatus(cmd.Context(), g.configFile)
+			if watched && asJSON {
+				return &usageError{errors.New("--watch and --json exclude each other: run status --json as often as it is wanted")}
+			}
+			cluster := strings.Join(args, "") // one at most
+			read := func(ctx context.Context) (fleet.Report, error) {
+				report, err := readStatus(ctx, g.configFile, cluster)
+				if err == nil && cluster != "" {
+					var ok bool
+					if report, ok = report.Cluster(cluster); !ok {
+						return report, fmt.Errorf("there is no cluster %q", cluster)
+					}
+				}
+				return report, err
+			}
+			if watched {
+				return watch(cmd, read, cluster != "")
+			}
+			report, err := read(cmd.Context())
 			if err != nil {
 				return err
 			}
-			if len(args) > 0 {
-				var ok bool
-				if report, ok = report.Cluster(args[0]); !ok {
-					return fmt.Errorf("there is no cluster %q", args[0])
-				}
-			}
-			if report.Daemon == nil || len(args) > 0 {
+			if report.Daemon == nil || cluster != "" { // whose directory a daemon may have looked into a minute ago
 				report = report.Peek(cmd.Context())
 			}
 			switch {
 			case asJSON:
 				err = printJSON(cmd, report)
-			case len(args) > 0:
+			case cluster != "":
 				err = report.WriteDetails(cmd.OutOrStdout())
 			default:
 				err = report.WriteTable(cmd.OutOrStdout())
@@ -65,23 +83,25 @@ itself is shown; the exit status is 1 then. It is 0 however the clusters are: se
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the status as JSON")
+	cmd.Flags().BoolVar(&watched, "watch", false, "fill the terminal with it, and draw it anew every second")
 	return cmd
 }
 
-// readStatus asks the daemon of a configuration file. When none answers, the report has
+// readStatus asks the daemon of a configuration file how its clusters are, or the one of a
+// name. When none answers, the report has
 // what the file says. A file that has become invalid is no obstacle while the daemon
 // runs with what it was before.
-func readStatus(ctx context.Context, file string) (fleet.Report, error) {
+func readStatus(ctx context.Context, file, cluster string) (fleet.Report, error) {
 	cfg, invalid := fleet.Load(file)
 	if invalid != nil {
 		if dir := fleet.Locate(file); dir != "" {
-			if report, err := control.Status(ctx, dir); err == nil {
+			if report, err := control.Status(ctx, dir, cluster); err == nil {
 				return report, nil
 			}
 		}
 		return fleet.Report{}, invalid
 	}
-	report, err := control.Status(ctx, cfg.RuntimeDir)
+	report, err := control.Status(ctx, cfg.RuntimeDir, cluster)
 	if err != nil {
 		report = fleet.Configured(cfg, err)
 	}

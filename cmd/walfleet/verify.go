@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/walfleet/walfleet/fleet"
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/verify"
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -36,8 +38,9 @@ their checksums and how they follow each other across segments and timelines,
 histories, and gaps. Each fault names the file, the place in it, and what to do;
 docs/recovery.md says what it proves and what it cannot.
 
-It locks and changes nothing, and can be used while the daemon archives. Ctrl-C
-ends it, and says what was not checked.
+It locks and changes nothing, and can be used while the daemon archives. What it
+came to is kept in the directory of a cluster of the file, for status and metrics.
+Ctrl-C ends it, and says what was not checked.
 
 Exit status: 0 when all was checked and is whole, 1 when there is a fault or
 something could not be checked, 2 for a command line that makes no sense.`,
@@ -162,9 +165,24 @@ func verifyAll(ctx context.Context, stderr io.Writer, archives []namedArchive, o
 		if err != nil {
 			report.Whole, report.Error = false, err.Error()
 		}
+		if a.name != "" && (len(report.NotChecked) == 0 || len(report.Faults) > 0) { // an interrupted one that found nothing is no news
+			if err := recordVerify(a.dir, report); err != nil && !errors.Is(err, fs.ErrNotExist) { // the directory, which the report tells
+				fmt.Fprintf(stderr, "walfleet status and metrics will not show this verification of %s: %v\n", a.name, err)
+			}
+		}
 		reports = append(reports, report)
 	}
 	return reports
+}
+
+// recordVerify keeps what a verification came to, for status and metrics.
+func recordVerify(dir string, r verify.Report) error {
+	var last fleet.VerifyReport
+	if len(r.Faults) == 0 && r.Skipped > 0 && archive.ReadRecord(dir, archive.VerifyRecord, &last) == nil && last.Faults > 0 {
+		return errors.New("it left segments out, and the last one found faults, which stand until all is verified")
+	}
+	return fleet.VerifyReport{Time: time.Now().UTC(), Seconds: r.Seconds, Whole: r.Whole, Error: r.Error, Faults: len(r.Faults),
+		Unproven: len(r.Unproven), Segments: r.Segments, Skipped: r.Skipped, CheckedBytes: r.Bytes}.Record(dir)
 }
 
 // progressBar shows on a terminal how far a verification has come, a few times a second.

@@ -3,12 +3,16 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/walfleet/walfleet/fleet"
+	"github.com/walfleet/walfleet/internal/archive"
 	"github.com/walfleet/walfleet/internal/pgtest"
 	"github.com/walfleet/walfleet/internal/verify"
 )
@@ -50,8 +54,8 @@ func TestVerifyPrints(t *testing.T) {
 		failed bool
 		says   []string
 	}{
-		{[]string{"verify", "good"}, false, []string{"good: whole; 2 segments (2.0 MB) checked in "}},
 		{[]string{"verify", "--archive", filepath.Join(dir, "good")}, false, []string{"good: whole; "}},
+		{[]string{"verify", "good"}, false, []string{"good: whole; 2 segments (2.0 MB) checked in "}},
 		{[]string{"verify"}, true, []string{"good: whole; ", "bad: 1 FAULT; ",
 			"timeline   000000010000000000000002, offset 8192, LSN 0/202000 to 0/204000\n", "page of timeline 3", "→ ",
 			"none: NOT CHECKED: ", "no such file"}},
@@ -67,11 +71,56 @@ func TestVerifyPrints(t *testing.T) {
 				t.Errorf("walfleet %q lacks %q:\n%s", c.args, words, out)
 			}
 		}
+		if _, err := os.Stat(filepath.Join(dir, "good", archive.VerifyRecord)); slices.Contains(c.args, "--archive") != errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("walfleet %q: the outcome is to be kept for a cluster alone: %v", c.args, err)
+		}
 		if c.args[len(c.args)-1] == "--json" {
 			var reports []verify.Report
 			if err := json.Unmarshal([]byte(out), &reports); err != nil || len(reports) != 1 {
 				t.Errorf("%v: %s", err, out)
 			}
+		}
+	}
+}
+
+// What a verification came to is kept as status shows it.
+func TestVerifyIsRemembered(t *testing.T) {
+	dir := t.TempDir()
+	r := verify.Report{Faults: []verify.Fault{{}, {}}, Unproven: []verify.Unproven{{}}, Segments: 4, Skipped: 3, Bytes: 5, Seconds: 1.5, Error: "no"}
+	if err := recordVerify(dir, r); err != nil {
+		t.Fatal(err)
+	}
+	var kept fleet.VerifyReport
+	if err := archive.ReadRecord(dir, archive.VerifyRecord, &kept); err != nil {
+		t.Fatal(err)
+	}
+	if age := time.Since(kept.Time); age < 0 || age > time.Minute {
+		t.Errorf("kept %s", kept.Time)
+	}
+	kept.Time = time.Time{}
+	if want := (fleet.VerifyReport{Seconds: 1.5, Error: "no", Faults: 2, Unproven: 1, Segments: 4, Skipped: 3, CheckedBytes: 5}); kept != want {
+		t.Errorf("%+v, want %+v", kept, want)
+	}
+}
+
+// A verification of the newest segments does not take back the faults that were found in older ones.
+func TestVerifyThatLeavesSegmentsOutDoesNotHideFaults(t *testing.T) {
+	dir := t.TempDir()
+	for _, c := range []struct {
+		r    verify.Report
+		want int // faults that are remembered
+		ok   bool
+	}{
+		{verify.Report{Whole: true, Segments: 4, Skipped: 3}, 0, true},
+		{verify.Report{Faults: []verify.Fault{{}, {}}, Segments: 7}, 2, true},
+		{verify.Report{Whole: true, Segments: 4, Skipped: 3}, 2, false},
+		{verify.Report{Faults: []verify.Fault{{}}, Segments: 4, Skipped: 3}, 1, true},
+		{verify.Report{Whole: true, Segments: 7}, 0, true},
+	} {
+		err := recordVerify(dir, c.r)
+		var kept fleet.VerifyReport
+		if e := archive.ReadRecord(dir, archive.VerifyRecord, &kept); e != nil || kept.Faults != c.want || (err == nil) != c.ok {
+			t.Errorf("%+v: %v; kept %+v, %v", c.r, err, kept, e)
 		}
 	}
 }

@@ -3,6 +3,7 @@
 // had in any other way.
 //
 //	GET  /v1/status                            a fleet.Report
+//	GET  /v1/clusters/NAME/status              a fleet.Report of one cluster, with its events; of none where there is none of that name
 //	POST /v1/reload?file=PATH                  a fleet.Outcome, once it has one
 //	POST /v1/preview?file=NAME                 a fleet.Outcome; the body is a configuration, of which nothing is done
 //	POST /v1/clusters/NAME/accept-gap
@@ -61,6 +62,7 @@ type daemon interface {
 	Reload(ctx context.Context, file string) fleet.Outcome
 	Preview(file string, content []byte) fleet.Outcome
 	Report() fleet.Report
+	ReportOf(cluster string) (fleet.Report, bool)
 	Prune(ctx context.Context, cluster string, before wal.LSN) (removed []string, err error)
 }
 
@@ -131,6 +133,13 @@ func handler(ctx context.Context, d daemon) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, d.Report())
+	})
+	mux.HandleFunc("GET /v1/clusters/{name}/status", func(w http.ResponseWriter, r *http.Request) {
+		report, ok := d.ReportOf(r.PathValue("name"))
+		if !ok {
+			report.Clusters = nil
+		}
+		reply(w, http.StatusOK, report)
 	})
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
 		// However long clusters take to stop, the answer has time to be written.
@@ -250,10 +259,15 @@ func Preview(ctx context.Context, runtimeDir, file string, content []byte) (flee
 	return out, err
 }
 
-// Status asks the daemon of a runtime directory how its clusters are.
-func Status(ctx context.Context, runtimeDir string) (fleet.Report, error) {
+// Status asks the daemon of a runtime directory how its clusters are, or the one of a
+// name, with its events; "": all of them.
+func Status(ctx context.Context, runtimeDir, cluster string) (fleet.Report, error) {
+	resource := "status"
+	if cluster != "" {
+		resource = "clusters/" + url.PathEscape(cluster) + "/status"
+	}
 	var r fleet.Report
-	err := ask(ctx, runtimeDir, http.MethodGet, "status", statusTimeout, nil, &r)
+	err := ask(ctx, runtimeDir, http.MethodGet, resource, statusTimeout, nil, &r)
 	return r, err
 }
 

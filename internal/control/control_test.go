@@ -42,6 +42,14 @@ func (f *oneCluster) Report() fleet.Report {
 	}
 }
 
+func (f *oneCluster) ReportOf(cluster string) (fleet.Report, bool) {
+	r, ok := f.Report().Cluster(cluster)
+	if ok {
+		r.Clusters[0].Events = []fleet.EventReport{{Level: "info", Text: "connected"}}
+	}
+	return r, ok
+}
+
 func (f *oneCluster) Decide(_ context.Context, cluster string, what receiver.Decision) (string, error) {
 	f.asked = append(f.asked, cluster+" "+string(what))
 	if cluster != "orders.eu" || what != receiver.AcceptGap {
@@ -125,9 +133,16 @@ func TestDecisionReachesTheFleetAndIsAnswered(t *testing.T) {
 func TestStatusIsTheDaemonsReport(t *testing.T) {
 	var d oneCluster
 	dir, _ := serve(t, &d)
-	got, err := Status(t.Context(), dir)
+	got, err := Status(t.Context(), dir, "")
 	if want := d.Report(); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v, %v, want %+v", got, err, want)
+	}
+	got, err = Status(t.Context(), dir, "orders.eu")
+	if want, _ := d.ReportOf("orders.eu"); err != nil || !reflect.DeepEqual(got, want) || len(got.Clusters[0].Events) != 1 {
+		t.Errorf("one cluster: %+v, %v, want %+v", got, err, want)
+	}
+	if got, err = Status(t.Context(), dir, "../orders"); err != nil || len(got.Clusters) != 0 || got.Daemon == nil {
+		t.Errorf("a cluster that there is not: %+v, %v", got, err)
 	}
 }
 

@@ -370,7 +370,7 @@ func (d *demo) logFile() string { return d.path("walfleet.log") }
 // configuration is what an operator would write.
 func (d *demo) configuration() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "archive_dir = %q\n", d.path("archive"))
+	fmt.Fprintf(&b, "archive_dir = %q\n\n[http]\nlisten = \"127.0.0.1:0\"\n", d.path("archive"))
 	for _, c := range d.clusters {
 		fmt.Fprintf(&b, "\n[[cluster]]\nname          = %q\n", c.name)
 		fmt.Fprintf(&b, "conninfo      = \"host=127.0.0.1 port=%d user=walfleet dbname=postgres sslmode=disable\"\n", c.port)
