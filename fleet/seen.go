@@ -181,6 +181,9 @@ func (f *Fleet) watch(ctx context.Context) {
 	}
 }
 
+// everySegment are the lines that each segment has, which would leave room for nothing else.
+var everySegment = []string{receiver.MsgSealed, receiver.MsgCompressed}
+
 // recorder is a log's handler that also keeps the last lines about a cluster.
 type recorder struct {
 	slog.Handler
@@ -209,7 +212,7 @@ func (h *recorder) WithGroup(name string) slog.Handler {
 }
 
 func (h *recorder) Handle(ctx context.Context, line slog.Record) error {
-	if line.Level >= slog.LevelInfo && line.Message != receiver.MsgSealed { // which would leave room for nothing else
+	if line.Level >= slog.LevelInfo && !slices.Contains(everySegment, line.Message) {
 		var text strings.Builder
 		text.WriteString(line.Message)
 		add := func(a slog.Attr) bool {

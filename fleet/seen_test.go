@@ -91,6 +91,7 @@ func TestEventsAreTheLogsLines(t *testing.T) {
 		l.Debug("nobody wants to know")
 		l.Info("connected", "host", "db1:5432", "wait", 2*time.Second)
 		l.Info(receiver.MsgSealed, "segment", "000000010000000000000001")
+		l.Info(receiver.MsgCompressed, "segment", "000000010000000000000001")
 		l.Error("not archiving", "error", errors.New("no \x1b[31m \"luck\"\n"))
 		l.Warn("long", "stack", strings.Repeat("x", 10000))
 	}

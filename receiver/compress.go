@@ -214,7 +214,7 @@ func (r *Receiver) compressSegment(ctx context.Context, dir *archive.Dir, s wal.
 		return nil // it was listed before it was compressed, or a person has moved it away
 	case err == nil:
 		r.compressed.Add(1)
-		r.log.Info("segment compressed", "segment", s.Name(), "compress", r.cfg.Compress.String(), "bytes", n)
+		r.log.Info(MsgCompressed, "segment", s.Name(), "compress", r.cfg.Compress.String(), "bytes", n)
 	}
 	return err
 }
