@@ -41,7 +41,7 @@ type DaemonReport struct {
 type ClusterReport struct {
 	Name     string    `json:"name"`
 	State    string    `json:"state"`             // a receiver's; "unknown": no daemon answered
-	Since    time.Time `json:"since,omitzero"`    // of the state; of an outage, in which connecting and backoff take turns
+	Since    time.Time `json:"since,omitzero"`    // of the state; in an outage, whose states take turns, since when nothing is archived
 	Reason   string    `json:"reason,omitempty"`  // of the state, in words
 	Hint     string    `json:"hint,omitempty"`    // what a person can do about it
 	Stopping time.Time `json:"stopping,omitzero"` // when a reload told it to stop, and it has not yet
@@ -273,8 +273,8 @@ const stateUnknown = "unknown"
 func reportOf(c ClusterStatus, now time.Time) ClusterReport {
 	r := c.configured
 	r.State, r.Since, r.Reason, r.Hint, r.Stopping = string(c.State), c.Since, c.Reason, c.Hint, c.Stopping
-	if (c.State == receiver.Connecting || c.State == receiver.Backoff) && !c.TroubleSince.IsZero() {
-		r.Since = c.TroubleSince // the two take turns
+	if !c.TroubleSince.IsZero() { // its states take turns, also that of a halted one, which is looked at again
+		r.Since = c.TroubleSince
 	}
 	r.Host, r.ServerVersion, r.PolarDBVersion = c.Host, c.ServerVersion, c.PolarDB
 	r.SystemIdentifier, r.SegmentSize = systemIdentifier(c.SystemID), int64(c.SegmentSize)

@@ -76,6 +76,22 @@ idle     streaming  -    -        -       0s      0 B/s     walfleet  -      1s
 `)
 }
 
+// A halted cluster is looked at again every half a minute, and is another one for a moment then. That does not make
+// the outage younger.
+func TestAnOutageHasOneBeginning(t *testing.T) {
+	s := status("a", receiver.Halted, "a gap", time.Second)
+	if r := reportOf(s, reportTime); !r.Since.Equal(reportTime.Add(-time.Second)) {
+		t.Errorf("since %s", r.Since)
+	}
+	s.TroubleSince = reportTime.Add(-time.Hour)
+	for _, state := range []receiver.State{receiver.Halted, receiver.Blocked, receiver.Backoff, receiver.Connecting} {
+		s.State = state
+		if r := reportOf(s, reportTime); !r.Since.Equal(s.TroubleSince) {
+			t.Errorf("%s since %s", state, r.Since)
+		}
+	}
+}
+
 // A receiver that reads slowly has old news of the server's end. What the monitor saw counts as well, but for the time
 // that is lacking: that is measured.
 func TestLagKnowsWhatTheMonitorSaw(t *testing.T) {
