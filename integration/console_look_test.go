@@ -173,6 +173,9 @@ func checkLanguages(t *testing.T, b *browser, f *troubledFleet) {
 	english := b.open(t, f.url, reader{language: "fr"})
 	english.ready()
 	for state, word := range evaluate[map[string]string](english, states) {
+		if want[state] == "" {
+			continue // no cluster was in that state when the other page was looked at
+		}
 		if !chinese.MatchString(want[state]) || chinese.MatchString(word) || word == "" {
 			t.Errorf("state %s is %q in English, and %q in Chinese", state, word, want[state])
 		}

@@ -188,14 +188,11 @@ func (d *Dir) SetGroupReadable(group bool) { d.group.Store(group) }
 // or not. f is called by the goroutine that flushes, one call at a time.
 func (d *Dir) ObserveSyncs(f func(time.Duration)) { d.observe = f }
 
-// timed syncs WAL, and tells how long that took.
-func (d *Dir) timed(sync func() error) error {
-	began := time.Now()
-	err := sync()
+// synced tells how long a sync of WAL took that began at a time.
+func (d *Dir) synced(began time.Time) {
 	if d.observe != nil {
 		d.observe(time.Since(began))
 	}
-	return err
 }
 
 func (d *Dir) fileMode() fs.FileMode {

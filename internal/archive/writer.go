@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"time"
 
 	"github.com/walfleet/walfleet/internal/wal"
 )
@@ -591,7 +592,10 @@ func (w *Writer) Flush() (sealed []wal.Segment, err error) {
 		if !s.dirty {
 			continue
 		}
-		if err := w.dir.timed(s.file.SyncData); err != nil {
+		began := time.Now()
+		err := s.file.SyncData()
+		w.dir.synced(began)
+		if err != nil {
 			w.dir.distrust(s.Name() + partialSuffix)
 			return nil, fmt.Errorf("flushing timeline %d up to %s: %w", w.timeline, w.written, err)
 		}
@@ -654,14 +658,20 @@ func (w *Writer) Prepare() {
 
 // seal gives a full segment its final name.
 func (w *Writer) seal(s *segment) error {
-	if err := w.dir.timed(s.file.Sync); err != nil {
+	began := time.Now()
+	err := s.file.Sync()
+	w.dir.synced(began)
+	if err != nil {
 		w.dir.distrust(s.Name() + partialSuffix)
 		return err
 	}
 	if err := w.dir.disk.Rename(s.Name()+partialSuffix, s.Name()); err != nil {
 		return err
 	}
-	if err := w.dir.timed(w.dir.disk.Sync); err != nil {
+	began = time.Now()
+	err = w.dir.disk.Sync()
+	w.dir.synced(began)
+	if err != nil {
 		return err
 	}
 	return s.file.Close()
