@@ -24,7 +24,7 @@ package: ## the deb and the rpm, in dist/ (GOARCH=arm64 for another processor)
 	scripts/package.sh dist
 
 test: compiler tracer browser promtool images ## every test, those against real servers in containers included
-	$(integration_env) WALFLEET_CRASH_POINTS=1000 go test -race -count=1 -timeout 75m -p 2 -parallel 6 ./...
+	$(integration_env) WALFLEET_CRASH_POINTS=1000 go test -race -count=1 -timeout 75m -p 2 -parallel 4 ./...
 	$(crash_points)
 
 test-unit: compiler promtool ## the tests that need no containers
