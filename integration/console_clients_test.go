@@ -63,10 +63,10 @@ func TestHTTPClientsDelayNoReceiver(t *testing.T) {
 	}
 	t.Logf("bad clients %v (of %v); memory %d MB before, %d MB beside them", bad.counts(), badKinds(), memory>>20, attacked>>20)
 	// The bad clients want the same processors as the server: some of what they cost is theirs to have.
-	if got, limit := percentile(during, 99), 10*percentile(before, 99)+3*time.Second; got > limit {
+	if got, limit := percentile(during, 99), 10*percentile(before, 99)+500*time.Millisecond; got > limit {
 		t.Errorf("p99 of commits is %s beside bad clients, and was %s", got, percentile(before, 99))
 	}
-	if longest := percentile(during, 100); longest > time.Minute {
+	if longest := percentile(during, 100); longest > 10*time.Second {
 		t.Errorf("a commit took %s", longest)
 	}
 	if attacked > memory+128<<20 {

@@ -494,8 +494,7 @@ func checkLive(t *testing.T, b *browser, f *troubledFleet) {
 		delays = append(delays, shown.Sub(changed))
 	}
 	slices.Sort(delays)
-	// A machine that is busy delays the browser, too: one of the three shows what the page can do.
-	if delays[0] > 2*time.Second || delays[1] > 15*time.Second {
+	if delays[1] > 2*time.Second { // a machine that is busy may have delayed one of the three
 		t.Errorf("the page shows changes of state %s later", delays)
 	}
 	p.await("what a screen reader says", `told.some(s => s !== "")`)
