@@ -172,13 +172,18 @@ func checkLanguages(t *testing.T, b *browser, f *troubledFleet) {
 	want := evaluate[map[string]string](p, states)
 	english := b.open(t, f.url, reader{language: "fr"})
 	english.ready()
+	compared := 0
 	for state, word := range evaluate[map[string]string](english, states) {
 		if want[state] == "" {
 			continue // no cluster was in that state when the other page was looked at
 		}
+		compared++
 		if !chinese.MatchString(want[state]) || chinese.MatchString(word) || word == "" {
 			t.Errorf("state %s is %q in English, and %q in Chinese", state, word, want[state])
 		}
+	}
+	if compared < 3 { // halted, blocked and streaming stay
+		t.Errorf("%d states were seen on both pages", compared)
 	}
 	// What comes over the stream is in the language of the page.
 	evaluate[any](p, `(() => { window.updates = 0; new MutationObserver(() => updates++).observe(document.querySelector("#rows"), {subtree: true, childList: true, attributes: true, characterData: true}) })()`)
